@@ -1,0 +1,45 @@
+"""The command ``ema-nesterov``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["main", "quickstart"]
+
+
+def quickstart(
+    *,
+    num_steps: int = 1000,
+    seed: int = 0,
+    lr: float = 4e-3,
+    lookahead_step_size: float = 0.5,
+    ema_decay: float = 0.99,
+    out_dir: Path = Path("out/quickstart"),
+    text: Path | None = None,
+) -> None:
+    """Train a small language model with AdamW and with AdamW and EMA-Nesterov, and compare.
+
+    Args:
+        num_steps: Optimizer steps of each run, at least 20.
+        seed: Seed of the weights and of the order of the text, the same for both runs.
+        lr: Peak base learning rate of both runs.
+        lookahead_step_size: Peak lookahead step size, in [0, 1).
+        ema_decay: Weight of the past in the EMA direction, in [0, 1).
+        out_dir: Folder for logs, checkpoints, the table and the picture; each call makes a new run_N.
+        text: A text file, or a folder of text files, instead of Python's standard library.
+    """
+    from lightning_ema_nesterov.quickstart.experiment import Settings, run_quickstart
+
+    settings = Settings(num_steps, seed, lr, lookahead_step_size, ema_decay)
+    run_quickstart(settings, out_dir=out_dir, text=text)
+
+
+def main() -> None:
+    """Run the command line."""
+    from jsonargparse import auto_cli
+
+    auto_cli({"quickstart": quickstart}, as_positional=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+r"""What is logged, one function per quantity. Tags and units are in :class:`StepMetrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["StepMetrics", "alignment", "displacement", "global_norm", "measure_step"]
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    r"""One optimizer step, measured over all parameters of one base optimizer that took it.
+
+    Attributes:
+        step_size: Current step size :math:`\beta_t`, the largest over the parameter groups. No unit.
+        direction_norm: Euclidean norm of :math:`m_{t+1}`. Unit: parameter change per optimizer step.
+        displacement_norm: Euclidean norm of :math:`x_{t+1} - x_t`. Unit: as ``direction_norm``.
+        alignment: Cosine of :math:`m_t` and :math:`x_{t+1} - x_t`, in [-1, 1]; 0 while
+            :math:`m_t = 0`.
+    """
+
+    step_size: float
+    direction_norm: float
+    displacement_norm: float
+    alignment: float
+
+    def as_scalars(self, suffix: str = "") -> dict[str, float]:
+        """Return the TensorBoard tags and values.
+
+        Args:
+            suffix: Appended to each tag, to tell several optimizers apart.
+        """
+        return {f"ema_nesterov/{name}{suffix}": value for name, value in vars(self).items()}
+
+
+def displacement(previous_direction: Tensor, direction: Tensor, *, ema_decay: float) -> Tensor:
+    r"""Return the displacement between two EMA directions.
+
+    .. math:: x_{t+1} - x_t = (m_{t+1} - \gamma\, m_t) / (1 - \gamma)
+
+    Args:
+        previous_direction: EMA direction :math:`m_t`, any shape.
+        direction: EMA direction :math:`m_{t+1}`, of the same shape.
+        ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
+
+    Example:
+        >>> displacement(torch.tensor([1.0]), torch.tensor([1.5]), ema_decay=0.5)
+        tensor([2.])
+    """
+    return direction.sub(previous_direction, alpha=ema_decay).div_(1.0 - ema_decay)
+
+
+def global_norm(norms: Sequence[float]) -> float:
+    """Return the Euclidean norm of a vector from the norms of its parts.
+
+    Example:
+        >>> global_norm([3.0, 4.0])
+        5.0
+    """
+    return sum(norm * norm for norm in norms) ** 0.5
+
+
+def alignment(dot: float, first_norm: float, second_norm: float) -> float:
+    """Return the cosine of two vectors; 0 where one of them is 0.
+
+    Args:
+        dot: Inner product of the two vectors.
+        first_norm: Euclidean norm of the first.
+        second_norm: Euclidean norm of the second.
+
+    Example:
+        >>> alignment(6.0, 3.0, 4.0)
+        0.5
+    """
+    product = first_norm * second_norm
+    return dot / product if product > 0 else 0.0
+
+
+@torch.no_grad()
+def measure_step(
+    previous_directions: Sequence[Tensor | None],
+    directions: Sequence[Tensor],
+    *,
+    ema_decay: float,
+    step_size: float,
+) -> StepMetrics:
+    r"""Measure one optimizer step from the EMA directions before and after it.
+
+    One tensor of the size of the largest parameter is held for the time of the call.
+
+    Args:
+        previous_directions: EMA directions :math:`m_t`; ``None`` where it is 0.
+        directions: EMA directions :math:`m_{t+1}`, in the same order.
+        ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
+        step_size: Current step size :math:`\beta_t`.
+
+    Example:
+        >>> measure_step([None], [torch.tensor([3.0, 4.0])], ema_decay=0.5, step_size=0.0)
+        StepMetrics(step_size=0.0, direction_norm=5.0, displacement_norm=10.0, alignment=0.0)
+    """
+    rows: list[Tensor] = []
+    for previous, direction in zip(previous_directions, directions, strict=True):
+        m_0 = torch.zeros_like(direction) if previous is None else previous
+        moved = displacement(m_0, direction, ema_decay=ema_decay)
+        vectors = [_as_real_vector(tensor) for tensor in (m_0, direction, moved)]
+        norms = [torch.linalg.vector_norm(vector) for vector in vectors]
+        rows.append(torch.stack([*norms, torch.dot(vectors[0], vectors[2])]))
+    table = torch.stack([row.to(rows[0].device, torch.float64) for row in rows]) if rows else None
+    columns = [[0.0]] * 4 if table is None else table.T.tolist()  # the only synchronisation
+    before, after, moved_by = (global_norm(column) for column in columns[:3])
+    return StepMetrics(
+        step_size=step_size,
+        direction_norm=after,
+        displacement_norm=moved_by,
+        alignment=alignment(sum(columns[3]), before, moved_by),
+    )
+
+
+def _as_real_vector(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)

@@ -1,0 +1,1 @@
+"""The quickstart: AdamW and AdamW with EMA-Nesterov on text that every machine has."""

@@ -1,0 +1,120 @@
+"""A small decoder-only language model over bytes, as a LightningModule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from litgpt import GPT, Config
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+from torchmetrics.text import Perplexity
+from typing_extensions import override
+
+__all__ = ["ByteLanguageModel", "trapezoid"]
+
+NUM_BYTES = 256
+
+
+class ByteLanguageModel(LightningModule):
+    """LitGPT's decoder (rotary positions, RMSNorm, gated MLP) over bytes, trained with AdamW.
+
+    Args:
+        lr: Peak base learning rate, at least 0.
+        num_steps: Optimizer steps of the run; the learning rate warms up over the first 5 %, is
+            constant, and falls linearly to zero over the last 30 %.
+        window_size: Bytes that the model reads at once.
+        num_layers: Transformer blocks.
+        width: Size of the residual stream, a multiple of ``num_heads``.
+        num_heads: Attention heads.
+    """
+
+    def __init__(
+        self,
+        lr: float,
+        num_steps: int,
+        *,
+        window_size: int = 64,
+        num_layers: int = 2,
+        width: int = 64,
+        num_heads: int = 4,
+    ) -> None:
+        super().__init__()
+        self.lr = lr
+        self.num_steps = num_steps
+        config = Config(
+            name="quickstart",
+            block_size=window_size,
+            vocab_size=NUM_BYTES,
+            padded_vocab_size=NUM_BYTES,
+            n_layer=num_layers,
+            n_head=num_heads,
+            n_embd=width,
+            intermediate_size=3 * width,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+        )
+        self.model = GPT(config)
+        self.model.apply(_initialise)
+        self.val_loss = MeanMetric()
+        self.val_ppl = Perplexity()
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        logits, targets = self._predict(batch)
+        loss = _cross_entropy(logits, targets)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        logits, targets = self._predict(batch)
+        self.val_loss(_cross_entropy(logits, targets), weight=targets.numel())
+        self.val_ppl(logits, targets)
+        self.log("val_loss", self.val_loss, prog_bar=True)
+        self.log("val_ppl", self.val_ppl)
+
+    def _predict(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model(batch[:, :-1]), batch[:, 1:]
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.1
+        )
+        scheduler = LambdaLR(optimizer, lambda step: trapezoid(step, self.num_steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+def trapezoid(step_idx: int, num_steps: int) -> float:
+    """Return the learning rate over its peak: up over 5 % of the run, constant, down over 30 %.
+
+    Args:
+        step_idx: Optimizer steps taken so far.
+        num_steps: Optimizer steps of the run.
+
+    Example:
+        >>> [trapezoid(step_idx, 100) for step_idx in (0, 4, 50, 85, 100)]
+        [0.2, 1.0, 1.0, 0.5, 0.0]
+    """
+    num_warmup_steps = max(1, round(0.05 * num_steps))
+    num_decay_steps = max(1, round(0.3 * num_steps))
+    return min(1.0, (step_idx + 1) / num_warmup_steps, (num_steps - step_idx) / num_decay_steps)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)

@@ -1,0 +1,188 @@
+r"""The current step size :math:`\beta_t` over time: warmup, rest and learning-rate coupling."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["MAX_LR_KEY", "LookaheadSchedule", "follow_lr", "set_max_lr"]
+
+ParamGroup = MutableMapping[str, Any]
+
+MAX_LR_KEY = "ema_nesterov_max_lr"
+"""Key of the learning-rate reference in a parameter group. It is saved with the optimizer."""
+
+
+@dataclass(frozen=True)
+class LookaheadSchedule:
+    r"""Current step size :math:`\beta_t` for each optimizer step.
+
+    .. math::
+
+        \beta_t = \begin{cases}
+            \beta\, \eta_t / \max_{r \le t} \eta_r & \text{warmup} \le t < \text{total} - \text{rest} \\
+            0 & \text{otherwise}
+        \end{cases}
+
+    Args:
+        lookahead_step_size: Peak :math:`\beta`, in [0, 1). A steady base displacement ``u`` becomes
+            ``u / (1 - lookahead_step_size)``, so 1 and above diverge.
+        warmup: First steps without lookahead. ``int``: optimizer steps, at least 0. ``float``:
+            fraction of ``total_steps``, in [0, 1].
+        rest: Last steps without lookahead, given like ``warmup``.
+        total_steps: Optimizer steps of the whole run, at least 1. ``None``: the run has no known
+            end; then ``warmup`` must be an ``int`` and ``rest`` must be 0.
+        scale_with_lr: Whether :math:`\beta_t` follows the learning rate of the parameter group.
+
+    Raises:
+        ValueError: If an argument is out of its range, if ``warmup`` and ``rest`` together are longer
+            than the run, or if one of them needs ``total_steps`` and there is none.
+
+    Example:
+        >>> schedule = LookaheadSchedule(0.5, warmup=10, rest=0.2, total_steps=100)
+        >>> [schedule.step_size(step_idx) for step_idx in (9, 10, 79, 80)]
+        [0.0, 0.5, 0.5, 0.0]
+    """
+
+    lookahead_step_size: float
+    warmup: int | float = 0
+    rest: int | float = 0
+    total_steps: int | None = None
+    scale_with_lr: bool = True
+
+    def __post_init__(self) -> None:
+        check_unit_interval("lookahead_step_size", self.lookahead_step_size)
+        check_duration("warmup", self.warmup)
+        check_duration("rest", self.rest)
+        if self.total_steps is None:
+            self._check_endless()
+        elif self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}.")
+        elif self.warmup_steps + self.rest_steps > self.total_steps:
+            raise ValueError(
+                "warmup + rest must not be longer than the run, got "
+                f"{self.warmup_steps} + {self.rest_steps} steps in a run of {self.total_steps}. "
+                "Shorten them, or give them as fractions of the run."
+            )
+
+    def _check_endless(self) -> None:
+        for name, value in (("warmup", self.warmup), ("rest", self.rest)):
+            if isinstance(value, float) and value:
+                raise ValueError(
+                    f"{name} = {value} is a fraction of the run, and this run has no known end. "
+                    f"Set the number of optimizer steps (max_steps or max_epochs of the Trainer, or "
+                    f"total_steps), or give {name} in optimizer steps (an int)."
+                )
+        if self.rest:
+            raise ValueError(
+                f"rest = {self.rest} counts from the end of the run, and this run has no known end. "
+                "Set the number of optimizer steps (max_steps or max_epochs of the Trainer, or "
+                "total_steps), or rest=0."
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        """First steps without lookahead. Unit: optimizer steps."""
+        return self._in_steps(self.warmup)
+
+    @property
+    def rest_steps(self) -> int:
+        """Last steps without lookahead. Unit: optimizer steps."""
+        return self._in_steps(self.rest)
+
+    def _in_steps(self, duration: int | float) -> int:
+        if isinstance(duration, int):
+            return duration
+        return round(duration * (self.total_steps or 0))
+
+    @property
+    def is_ever_active(self) -> bool:
+        """Whether any step of the run can have a step size above 0."""
+        return self.lookahead_step_size > 0 and (
+            self.total_steps is None or self.warmup_steps + self.rest_steps < self.total_steps
+        )
+
+    def is_active(self, step_idx: int) -> bool:
+        """Return whether the step lies after the warmup and before the rest.
+
+        Args:
+            step_idx: Optimizer steps taken before this one, at least 0.
+        """
+        if self.total_steps is not None and step_idx >= self.total_steps - self.rest_steps:
+            return False
+        return step_idx >= self.warmup_steps
+
+    def step_size(self, step_idx: int, lr_ratio: float = 1.0) -> float:
+        r"""Return the current step size :math:`\beta_t`.
+
+        Args:
+            step_idx: Optimizer steps taken before this one, at least 0.
+            lr_ratio: Learning rate over its maximum, in [0, 1], as :func:`follow_lr` gives it.
+
+        Returns:
+            A number in [0, ``lookahead_step_size``].
+        """
+        if not self.is_active(step_idx):
+            return 0.0
+        return self.lookahead_step_size * (lr_ratio if self.scale_with_lr else 1.0)
+
+
+def follow_lr(group: ParamGroup) -> float:
+    r"""Return the learning rate of a parameter group over its maximum, and remember the maximum.
+
+    The maximum starts as ``group["max_lr"]`` where there is one (OneCycleLR sets it, and users may),
+    else as the larger of ``initial_lr`` (schedulers set it) and ``lr``. From then on it is the running
+    maximum, kept in the group under :data:`MAX_LR_KEY` so that it is saved with the optimizer.
+
+    Args:
+        group: A parameter group; its ``lr`` is a number or a tensor of one element. The key
+            :data:`MAX_LR_KEY` is written in place.
+
+    Returns:
+        The ratio, in [0, 1]; 0 while no learning rate above 0 was seen, 1 in a group without ``lr``.
+
+    Example:
+        >>> group = {"lr": 0.1, "initial_lr": 0.4}
+        >>> follow_lr(group)
+        0.25
+    """
+    if "lr" not in group:
+        return 1.0
+    lr = float(group["lr"])
+    start = group.get(MAX_LR_KEY, group.get("max_lr", group.get("initial_lr", lr)))
+    set_max_lr(group, max(float(start), lr))
+    return lr / group[MAX_LR_KEY] if group[MAX_LR_KEY] > 0 else 0.0
+
+
+def set_max_lr(group: ParamGroup, max_lr: float) -> None:
+    """Set the learning-rate reference of a parameter group, for schedulers that do not tell it.
+
+    Args:
+        group: A parameter group, changed in place.
+        max_lr: Largest learning rate of the run, at least 0.
+    """
+    group[MAX_LR_KEY] = float(max_lr)
+
+
+def check_unit_interval(name: str, value: float) -> None:
+    """Raise unless a number lies in [0, 1)."""
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
+
+
+def check_duration(name: str, value: int | float) -> None:
+    """Raise unless a value is a count of steps or a fraction of the run."""
+    if not _is_number(value):
+        raise ValueError(f"{name} must be a number of steps or a fraction, got {value!r}.")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"{name} must be at least 0 optimizer steps, got {value}.")
+    if isinstance(value, float) and not 0 <= value <= 1:
+        raise ValueError(
+            f"{name} must be in [0, 1] as a fraction of the run (a float), got {value}. "
+            "Give a number of optimizer steps as an int."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
