@@ -4,4 +4,3 @@ from lightning_ema_nesterov.callback import EMANesterov
 from lightning_ema_nesterov.version import __version__
 
 __all__ = ["EMANesterov", "__version__"]
-

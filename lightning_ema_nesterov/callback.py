@@ -6,39 +6,25 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    GradientAccumulationScheduler,
-    LambdaCallback,
-    LearningRateFinder,
-)
-from lightning.pytorch.core.optimizer import _MockOptimizer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR
 from typing_extensions import override
 
-from lightning_ema_nesterov.lookahead import Lookahead
-from lightning_ema_nesterov.schedule import (
-    LookaheadSchedule,
-    check_duration,
-    check_unit_interval,
-    set_max_lr,
+from lightning_ema_nesterov.lookahead import STEP_KEY, Lookahead
+from lightning_ema_nesterov.schedule import LookaheadSchedule, check_duration, check_unit_interval
+from lightning_ema_nesterov.trainer import (
+    check_trainer,
+    estimate_total_steps,
+    is_watched_in_window,
+    steps_per_global_step,
+    tell_max_lr,
+    window_continues,
 )
 
 __all__ = ["EMANesterov"]
-
-# Hooks between two micro-batches of one accumulation window, where users may read parameters.
-_CALLBACK_HOOKS_IN_WINDOW = ("on_train_batch_start", "on_train_batch_end")
-_MODULE_HOOKS_IN_WINDOW = (
-    *_CALLBACK_HOOKS_IN_WINDOW,
-    "on_before_batch_transfer",
-    "transfer_batch_to_device",
-    "on_after_batch_transfer",
-)
 
 
 class EMANesterov(Callback):
@@ -46,8 +32,8 @@ class EMANesterov(Callback):
 
     .. math::
 
-        y_t     &= x_t + \beta_t\, m_t                       && \text{before the training forward pass} \\
-        x_{t+1} &= A_t(y_t)                                  && \text{the optimizer of the module} \\
+        y_t     &= x_t + \beta_t\, m_t                        && \text{before the forward pass} \\
+        x_{t+1} &= A_t(y_t)                                   && \text{the module's optimizer} \\
         m_{t+1} &= \gamma\, m_t + (1 - \gamma)(x_{t+1} - x_t) && \text{after its step}
 
     Parameters hold the lookahead point :math:`y_t` from just before ``training_step`` to the
@@ -61,8 +47,8 @@ class EMANesterov(Callback):
     :meth:`extrapolate` is called before its forward pass.
 
     Args:
-        lookahead_step_size: Peak step size :math:`\beta`, in [0, 1). A steady base displacement ``u``
-            becomes ``u / (1 - lookahead_step_size)``: compare with a retuned base learning rate.
+        lookahead_step_size: Peak step size :math:`\beta`, in [0, 1). A steady base displacement
+            ``u`` becomes ``u / (1 - lookahead_step_size)``: compare at retuned learning rates.
         ema_decay: Weight :math:`\gamma` of the past, in [0, 1). The direction remembers about
             ``1 / (1 - ema_decay)`` optimizer steps; 0 is Nesterov's one-step lookahead.
         warmup: First steps without lookahead, while the direction fills. ``int``: optimizer steps,
@@ -70,10 +56,10 @@ class EMANesterov(Callback):
         rest: Last steps without lookahead, given like ``warmup``.
         scale_with_lr: Whether :math:`\beta_t` follows the learning rate over its maximum, for each
             parameter group. The maximum is ``group["max_lr"]`` where there is one, ``max_lr`` of
-            CyclicLR, else the larger of ``initial_lr`` and ``lr`` at the start; at least the largest
-            learning rate seen.
-        total_steps: Optimizer steps of the run, at least 1. ``None``: the Trainer's estimate. Give it
-            in manual optimization when an optimizer does not step once per batch.
+            CyclicLR, else the larger of ``initial_lr`` and ``lr`` at the start; at least the
+            largest learning rate seen.
+        total_steps: Optimizer steps of the run, at least 1. ``None``: the Trainer's estimate.
+            Give it in manual optimization when an optimizer does not step once per batch.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -144,21 +130,18 @@ class EMANesterov(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Go first in the list, after the tuners: every other callback then sees the iterate."""
-        tuners = [c for c in trainer.callbacks if isinstance(c, (LearningRateFinder, BatchSizeFinder))]
+        tuners = [
+            c for c in trainer.callbacks if isinstance(c, (LearningRateFinder, BatchSizeFinder))
+        ]
         others = [c for c in trainer.callbacks if c is not self and c not in tuners]
         trainer.callbacks[:] = [*tuners, self, *others]
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the configuration, attach to the optimizers, and bracket the training step."""
-        _check_trainer(trainer)
+        check_trainer(trainer)
         schedule = self._make_schedule(trainer)
-        for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, CyclicLR):  # it does not write max_lr to the groups
-                for group, max_lr in zip(
-                    config.scheduler.optimizer.param_groups, config.scheduler.max_lrs, strict=True
-                ):
-                    set_max_lr(group, max_lr)
+        tell_max_lr(trainer)
         for optimizer in trainer.optimizers:
             lookahead = Lookahead(optimizer, schedule, ema_decay=self.ema_decay).attach()
             self._detach.callback(lookahead.detach)
@@ -166,14 +149,14 @@ class EMANesterov(Callback):
         self._detach.callback(self._lookaheads.clear)
         self._bracket_training_step(trainer)
         self._bracket_save_checkpoint(trainer)
-        self._is_watched_in_window = self._someone_looks_between_micro_batches(trainer, pl_module)
+        self._is_watched_in_window = is_watched_in_window(trainer, self)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue a checkpoint that was made without the callback at its step of the run."""
         for lookahead in self._lookaheads:
-            if not lookahead.has_step_idx:
-                lookahead.step_idx = trainer.global_step // self._steps_per_global_step(trainer)
+            if STEP_KEY not in lookahead.base_optimizer.param_groups[0]:
+                lookahead.step_idx = trainer.global_step // steps_per_global_step(trainer)
                 if trainer.global_step:
                     rank_zero_info(
                         "The checkpoint was made without EMA-Nesterov: training goes on from step "
@@ -210,13 +193,14 @@ class EMANesterov(Callback):
     ) -> None:
         """Return to the iterate where the step was skipped or someone looks; log."""
         for lookahead in self._lookaheads:
-            if not _window_continues(trainer):
+            if not window_continues(trainer):
                 lookahead.skip()
             elif self._is_watched_in_window:
                 lookahead.pause()
         for lookahead, suffix in zip(self._lookaheads, self._tag_suffixes(), strict=True):
-            if (metrics := lookahead.take_metrics()) is not None:
-                self.log_dict(metrics.as_scalars(suffix))
+            if lookahead.metrics is not None:
+                self.log_dict(lookahead.metrics.as_scalars(suffix))
+                lookahead.metrics = None
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -244,7 +228,7 @@ class EMANesterov(Callback):
     def _make_schedule(self, trainer: Trainer) -> LookaheadSchedule:
         total_steps = self.total_steps
         if total_steps is None and (self.rest or isinstance(self.warmup, float)):
-            total_steps = self._estimate_total_steps(trainer)
+            total_steps = estimate_total_steps(trainer)
         if trainer.fast_dev_run:  # a trial of the code on one batch: no schedule fits
             return LookaheadSchedule(self.lookahead_step_size, scale_with_lr=self.scale_with_lr)
         try:
@@ -264,25 +248,6 @@ class EMANesterov(Callback):
                 f"rest={self.rest}, total_steps={total_steps}."
             )
         return schedule
-
-    def _estimate_total_steps(self, trainer: Trainer) -> int | None:
-        """Return the steps of each base optimizer in the whole run; ``None`` if it has no end."""
-        estimate = trainer.estimated_stepping_batches
-        for callback in trainer.callbacks:
-            if isinstance(callback, GradientAccumulationScheduler) and trainer.max_epochs != -1:
-                estimate = sum(
-                    -(-trainer.num_training_batches // callback.get_accumulate_grad_batches(epoch))
-                    for epoch in range(trainer.max_epochs or 1)
-                )
-                estimate = min(estimate, trainer.max_steps) if trainer.max_steps != -1 else estimate
-        if estimate in (-1, float("inf")):
-            return None
-        if estimate == trainer.max_steps:  # Lightning counts the steps of all optimizers there
-            estimate //= self._steps_per_global_step(trainer)
-        return int(estimate)
-
-    def _steps_per_global_step(self, trainer: Trainer) -> int:
-        return 1 if trainer.lightning_module.automatic_optimization else len(trainer.optimizers)
 
     def _bracket_training_step(self, trainer: Trainer) -> None:
         training_step = trainer.strategy.training_step
@@ -315,23 +280,6 @@ class EMANesterov(Callback):
         else:
             self._detach.callback(setattr, owner, name, previous)
 
-    def _someone_looks_between_micro_batches(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> bool:
-        if any(is_overridden(hook, pl_module) for hook in _MODULE_HOOKS_IN_WINDOW):
-            return True
-        # Lightning's own callbacks read parameters through save_checkpoint or after a step.
-        users = [
-            callback
-            for callback in trainer.callbacks
-            if callback is not self
-            and (
-                not type(callback).__module__.startswith("lightning.")
-                or isinstance(callback, LambdaCallback)
-            )
-        ]
-        return any(is_overridden(hook, user) for user in users for hook in _CALLBACK_HOOKS_IN_WINDOW)
-
     def _tag_suffixes(self) -> Sequence[str]:
         if len(self._lookaheads) == 1:
             return [""]
@@ -340,23 +288,3 @@ class EMANesterov(Callback):
             f"/{name}" if names.count(name) == 1 else f"/{name}-{names[:idx].count(name)}"
             for idx, name in enumerate(names)
         ]
-
-
-def _window_continues(trainer: Trainer) -> bool:
-    """Whether the gradients of this batch still wait for more, or for the user's own step."""
-    return (
-        not trainer.lightning_module.automatic_optimization or trainer.fit_loop._should_accumulate()
-    )
-
-
-def _check_trainer(trainer: Trainer) -> None:
-    strategy = type(trainer.strategy).__name__
-    if "DeepSpeed" in strategy or "XLA" in strategy:
-        raise MisconfigurationException(
-            f"EMANesterov does not support {strategy}, which changes parameters outside the "
-            "optimizer's step. Use DDP, FSDP or ModelParallelStrategy."
-        )
-    if not trainer.optimizers or isinstance(trainer.optimizers[0], _MockOptimizer):
-        raise MisconfigurationException(
-            "EMANesterov needs an optimizer, and configure_optimizers() returned none."
-        )

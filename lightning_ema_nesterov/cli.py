@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 __all__ = ["main", "quickstart"]
@@ -9,9 +10,9 @@ __all__ = ["main", "quickstart"]
 
 def quickstart(
     *,
-    num_steps: int = 1000,
+    num_steps: int = 2000,
     seed: int = 0,
-    lr: float = 4e-3,
+    lr: float = 2e-3,
     lookahead_step_size: float = 0.5,
     ema_decay: float = 0.99,
     out_dir: Path = Path("out/quickstart"),
@@ -20,12 +21,12 @@ def quickstart(
     """Train a small language model with AdamW and with AdamW and EMA-Nesterov, and compare.
 
     Args:
-        num_steps: Optimizer steps of each run, at least 20.
+        num_steps: Optimizer steps of each run, a positive multiple of 20.
         seed: Seed of the weights and of the order of the text, the same for both runs.
         lr: Peak base learning rate of both runs.
         lookahead_step_size: Peak lookahead step size, in [0, 1).
         ema_decay: Weight of the past in the EMA direction, in [0, 1).
-        out_dir: Folder for logs, checkpoints, the table and the picture; each call makes a new run_N.
+        out_dir: Folder for logs, checkpoints, the table and the picture; each call makes a run_N.
         text: A text file, or a folder of text files, instead of Python's standard library.
     """
     from lightning_ema_nesterov.quickstart.experiment import Settings, run_quickstart
@@ -35,10 +36,17 @@ def quickstart(
 
 
 def main() -> None:
-    """Run the command line."""
-    from jsonargparse import auto_cli
-
-    auto_cli({"quickstart": quickstart}, as_positional=False)
+    """Run the command line; an error in the input is one line on standard error."""
+    try:
+        from jsonargparse import auto_cli
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"ema-nesterov needs {error.name}: pip install 'lightning-ema-nesterov[quickstart]'"
+        )
+    try:
+        auto_cli({"quickstart": quickstart}, as_positional=False)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"ema-nesterov: {error}")
 
 
 if __name__ == "__main__":

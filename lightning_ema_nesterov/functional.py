@@ -4,7 +4,7 @@ r"""The equations of EMA-Nesterov, in place, on lists of tensors.
 
     y_t     &= x_t + \beta_t\, m_t                       && \text{extrapolate\_} \\
     x_{t+1} &= A_t(y_t)                                  && \text{the base optimizer's step} \\
-    m_{t+1} &= \gamma\, m_t + (1 - \gamma)(x_{t+1} - x_t) && \text{begin\_update\_, finish\_update\_}
+    m_{t+1} &= \gamma\, m_t + (1 - \gamma)(x_{t+1} - x_t) && \text{begin\_, finish\_update\_}
 
 The third equation needs :math:`x_t`, which the base optimizer has overwritten by the time
 :math:`x_{t+1}` is known. No copy of it is kept: since :math:`x_t = y_t - \beta_t m_t`,
@@ -22,8 +22,6 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -31,20 +29,18 @@ __all__ = ["begin_update_", "cancel_update_", "extrapolate_", "finish_update_", 
 
 
 @torch.no_grad()
-def extrapolate_(
-    iterates: Sequence[Tensor], ema_directions: Sequence[Tensor], *, step_size: float
-) -> None:
+def extrapolate_(iterates: list[Tensor], ema_directions: list[Tensor], *, step_size: float) -> None:
     r"""Move each iterate to its lookahead point, in place.
 
     .. math:: y_t = x_t + \beta_t\, m_t
 
     Args:
         iterates: Iterates :math:`x_t`, overwritten by the lookahead points :math:`y_t`.
-        ema_directions: EMA directions :math:`m_t`, one for each iterate and of its shape. Read only.
+        ema_directions: EMA directions :math:`m_t`, one for each iterate, of its shape. Read only.
         step_size: Current step size :math:`\beta_t`, in [0, 1).
 
     Raises:
-        ValueError: If the two sequences differ in length.
+        ValueError: If the two lists differ in length.
 
     Example:
         >>> x = [torch.tensor([1.0, 2.0])]
@@ -58,9 +54,7 @@ def extrapolate_(
 
 
 @torch.no_grad()
-def retract_(
-    lookaheads: Sequence[Tensor], ema_directions: Sequence[Tensor], *, step_size: float
-) -> None:
+def retract_(lookaheads: list[Tensor], ema_directions: list[Tensor], *, step_size: float) -> None:
     r"""Undo :func:`extrapolate_`, in place.
 
     .. math:: x_t = y_t - \beta_t\, m_t
@@ -73,7 +67,7 @@ def retract_(
         step_size: The step size :math:`\beta_t` of the extrapolation.
 
     Raises:
-        ValueError: If the two sequences differ in length.
+        ValueError: If the two lists differ in length.
 
     Example:
         >>> y = [torch.tensor([1.25, 1.75])]
@@ -86,8 +80,8 @@ def retract_(
 
 @torch.no_grad()
 def begin_update_(
-    ema_directions: Sequence[Tensor],
-    lookaheads: Sequence[Tensor],
+    ema_directions: list[Tensor],
+    lookaheads: list[Tensor],
     *,
     ema_decay: float,
     step_size: float,
@@ -104,7 +98,7 @@ def begin_update_(
         step_size: The step size :math:`\beta_t` with which the lookahead points were made.
 
     Raises:
-        ValueError: If the two sequences differ in length.
+        ValueError: If the two lists differ in length.
 
     Example:
         >>> m = [torch.tensor([1.0])]
@@ -119,9 +113,7 @@ def begin_update_(
 
 
 @torch.no_grad()
-def finish_update_(
-    folds: Sequence[Tensor], iterates: Sequence[Tensor], *, ema_decay: float
-) -> None:
+def finish_update_(folds: list[Tensor], iterates: list[Tensor], *, ema_decay: float) -> None:
     r"""Turn each fold into the next EMA direction, in place.
 
     .. math:: m_{t+1} = b_t + (1 - \gamma)\, x_{t+1} = \gamma\, m_t + (1 - \gamma)(x_{t+1} - x_t)
@@ -134,7 +126,7 @@ def finish_update_(
             ``1 / (1 - ema_decay)`` optimizer steps; 0 keeps only the last displacement.
 
     Raises:
-        ValueError: If the two sequences differ in length.
+        ValueError: If the two lists differ in length.
 
     Example:
         >>> b = [torch.tensor([-1.25])]  # x was 4 - 0.5 * 1 = 3.5
@@ -149,8 +141,8 @@ def finish_update_(
 
 @torch.no_grad()
 def cancel_update_(
-    folds: Sequence[Tensor],
-    lookaheads: Sequence[Tensor],
+    folds: list[Tensor],
+    lookaheads: list[Tensor],
     *,
     ema_decay: float,
     step_size: float,
@@ -168,7 +160,7 @@ def cancel_update_(
         step_size: As given to :func:`begin_update_`.
 
     Raises:
-        ValueError: If the two sequences differ in length.
+        ValueError: If the two lists differ in length.
 
     Example:
         >>> b = [torch.tensor([-1.25])]
@@ -189,8 +181,8 @@ def fold_decay(ema_decay: float, step_size: float) -> float:
     return ema_decay + (1.0 - ema_decay) * step_size
 
 
-def _check_lengths(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+def _check_lengths(first: list[Tensor], second: list[Tensor]) -> None:
     if len(first) != len(second):
         raise ValueError(
-            f"Both sequences must hold one tensor per parameter, got {len(first)} and {len(second)}."
+            f"Both lists must hold one tensor per parameter, got {len(first)} and {len(second)}."
         )

@@ -2,6 +2,7 @@ r"""What is logged, one function per quantity. Tags and units are in :class:`Ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ class StepMetrics:
     r"""One optimizer step, measured over all parameters of one base optimizer that took it.
 
     Attributes:
-        step_size: Current step size :math:`\beta_t`, the largest over the parameter groups. No unit.
-        direction_norm: Euclidean norm of :math:`m_{t+1}`. Unit: parameter change per optimizer step.
+        step_size: Current step size :math:`\beta_t`, the largest over the parameter groups.
+        direction_norm: Euclidean norm of :math:`m_{t+1}`. Unit: parameter change per step.
         displacement_norm: Euclidean norm of :math:`x_{t+1} - x_t`. Unit: as ``direction_norm``.
         alignment: Cosine of :math:`m_t` and :math:`x_{t+1} - x_t`, in [-1, 1]; 0 while
             :math:`m_t = 0`.
@@ -61,7 +62,7 @@ def global_norm(norms: Sequence[float]) -> float:
         >>> global_norm([3.0, 4.0])
         5.0
     """
-    return sum(norm * norm for norm in norms) ** 0.5
+    return math.hypot(*norms)
 
 
 def alignment(dot: float, first_norm: float, second_norm: float) -> float:

@@ -112,7 +112,9 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
         )
         return "  ".join([first, *others]).rstrip()
 
-    return "\n".join([line(rows[0]), "  ".join("-" * width for width in widths), *map(line, rows[1:])])
+    return "\n".join(
+        [line(rows[0]), "  ".join("-" * width for width in widths), *map(line, rows[1:])]
+    )
 
 
 def draw_curves(

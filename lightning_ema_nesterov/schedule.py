@@ -21,7 +21,7 @@ class LookaheadSchedule:
     .. math::
 
         \beta_t = \begin{cases}
-            \beta\, \eta_t / \max_{r \le t} \eta_r & \text{warmup} \le t < \text{total} - \text{rest} \\
+            \beta\, \eta_t / \max_r \eta_r & \text{warmup} \le t < \text{end} - \text{rest} \\
             0 & \text{otherwise}
         \end{cases}
 
@@ -36,8 +36,8 @@ class LookaheadSchedule:
         scale_with_lr: Whether :math:`\beta_t` follows the learning rate of the parameter group.
 
     Raises:
-        ValueError: If an argument is out of its range, if ``warmup`` and ``rest`` together are longer
-            than the run, or if one of them needs ``total_steps`` and there is none.
+        ValueError: If an argument is out of its range, if ``warmup`` and ``rest`` together are
+            longer than the run, or if one of them needs ``total_steps`` and there is none.
 
     Example:
         >>> schedule = LookaheadSchedule(0.5, warmup=10, rest=0.2, total_steps=100)
@@ -71,12 +71,12 @@ class LookaheadSchedule:
             if isinstance(value, float) and value:
                 raise ValueError(
                     f"{name} = {value} is a fraction of the run, and this run has no known end. "
-                    f"Set the number of optimizer steps (max_steps or max_epochs of the Trainer, or "
+                    "Set the number of optimizer steps (max_steps or max_epochs of the Trainer, or "
                     f"total_steps), or give {name} in optimizer steps (an int)."
                 )
         if self.rest:
             raise ValueError(
-                f"rest = {self.rest} counts from the end of the run, and this run has no known end. "
+                f"rest = {self.rest} counts from the end of the run, which has no known end. "
                 "Set the number of optimizer steps (max_steps or max_epochs of the Trainer, or "
                 "total_steps), or rest=0."
             )
@@ -131,16 +131,16 @@ class LookaheadSchedule:
 def follow_lr(group: ParamGroup) -> float:
     r"""Return the learning rate of a parameter group over its maximum, and remember the maximum.
 
-    The maximum starts as ``group["max_lr"]`` where there is one (OneCycleLR sets it, and users may),
-    else as the larger of ``initial_lr`` (schedulers set it) and ``lr``. From then on it is the running
-    maximum, kept in the group under :data:`MAX_LR_KEY` so that it is saved with the optimizer.
+    The maximum starts as ``group["max_lr"]`` where there is one (OneCycleLR sets it, and users
+    may), else as the larger of ``initial_lr`` (schedulers set it) and ``lr``. From then on it is
+    the running maximum, kept in the group under :data:`MAX_LR_KEY`: it is saved with the optimizer.
 
     Args:
         group: A parameter group; its ``lr`` is a number or a tensor of one element. The key
             :data:`MAX_LR_KEY` is written in place.
 
     Returns:
-        The ratio, in [0, 1]; 0 while no learning rate above 0 was seen, 1 in a group without ``lr``.
+        The ratio, in [0, 1]; 0 while no learning rate was above 0, 1 in a group without ``lr``.
 
     Example:
         >>> group = {"lr": 0.1, "initial_lr": 0.4}

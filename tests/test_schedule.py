@@ -73,7 +73,9 @@ def test_wrong_arguments_are_named(kwargs: dict[str, Any], message: str) -> None
 
 
 def test_durations_are_checked_by_name() -> None:
-    with pytest.raises(ValueError, match="warmup must be a number of steps or a fraction, got '10%'"):
+    with pytest.raises(
+        ValueError, match="warmup must be a number of steps or a fraction, got '10%'"
+    ):
         check_duration("warmup", "10%")  # type: ignore[arg-type]  # the wrong type is the test
 
 

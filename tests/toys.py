@@ -23,7 +23,9 @@ class Batches(Dataset[Tensor]):
 
     def __init__(self, num_batches: int, dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.data = torch.randn(num_batches, 8, 6, generator=generator, dtype=torch.float64).to(dtype)
+        self.data = torch.randn(num_batches, 8, 6, generator=generator, dtype=torch.float64).to(
+            dtype
+        )
 
     def __len__(self) -> int:
         return len(self.data)
@@ -126,12 +128,10 @@ def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 def relative_error(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     a, b = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (first, second))
-    return ((a - b).norm() / b.norm()).item()
+    return float((a - b).norm() / b.norm())
 
 
-def batch_gradients(
-    module: Toy, batches: Tensor, accumulate: int = 1
-) -> reference.Gradients:
+def batch_gradients(module: Toy, batches: Tensor, accumulate: int = 1) -> reference.Gradients:
     """Gradients of the toy's loss for the oracle, averaged over each accumulation window."""
     names = [name for name, _ in module.named_parameters()]
 

@@ -96,8 +96,8 @@ def load_corpus(text: Path | None = None, *, window_size: int) -> Corpus:
     are held out.
 
     Args:
-        text: A file, or a folder whose text files are all read. ``None``: the standard library of the
-            running Python, without its tests.
+        text: A file, or a folder whose text files are all read. ``None``: the standard library of
+            the running Python, without its tests.
         window_size: Inputs in a window; each part must hold one window and its last target.
 
     Raises:
@@ -117,7 +117,9 @@ def load_corpus(text: Path | None = None, *, window_size: int) -> Corpus:
     train, validation = parts
     if not any(train.values()):
         raise ValueError(f"text must hold at least one byte of text, and {root} holds none.")
-    corpus = _make_corpus(train, validation, "Python standard library" if text is None else str(text))
+    corpus = _make_corpus(
+        train, validation, "Python standard library" if text is None else str(text)
+    )
     for name, data in (("train", corpus.train), ("validation", corpus.validation)):
         if len(data) <= window_size:
             raise ValueError(
@@ -146,7 +148,7 @@ def _looks_binary(path: Path) -> bool:
 
 
 def _split(contents: dict[str, bytes]) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    unique = dict((content, name) for name, content in reversed(contents.items()) if content)
+    unique = {content: name for name, content in reversed(contents.items()) if content}
     files = {name: content for content, name in unique.items()}
     if len(files) == 1:
         [(name, content)] = files.items()
@@ -179,5 +181,3 @@ def _make_corpus(train: dict[str, bytes], validation: dict[str, bytes], source: 
     }
     tensors = [torch.frombuffer(bytearray(part or b"\0"), dtype=torch.uint8) for part in joined]
     return Corpus(tensors[0], tensors[1], split)
-
-

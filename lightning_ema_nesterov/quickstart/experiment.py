@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,19 @@ from torch.utils.data import DataLoader
 from lightning_ema_nesterov.callback import EMANesterov
 from lightning_ema_nesterov.quickstart.corpus import Corpus, evenly_spaced, load_corpus, shuffled
 from lightning_ema_nesterov.quickstart.model import ByteLanguageModel
-from lightning_ema_nesterov.report import compare, draw_curves, format_table, read_scalars
+from lightning_ema_nesterov.report import (
+    Comparison,
+    compare,
+    draw_curves,
+    format_table,
+    read_scalars,
+)
 
 __all__ = ["Settings", "run_quickstart"]
 
 WINDOW_SIZE = 64
-BATCH_SIZE = 32
+BATCH_SIZE = 8
+VALIDATION_BATCH_SIZE = 128
 NUM_VALIDATION_WINDOWS = 640
 NUM_VALIDATIONS = 20
 BASELINE, TREATED = "adamw", "adamw_ema_nesterov"
@@ -31,13 +39,33 @@ BASELINE, TREATED = "adamw", "adamw_ema_nesterov"
 
 @dataclass(frozen=True)
 class Settings:
-    """What both runs share, and the two numbers of EMA-Nesterov."""
+    """What both runs share, and the two numbers of EMA-Nesterov.
+
+    Args:
+        num_steps: Optimizer steps of each run, a positive multiple of 20.
+        seed: Seed of the weights and of the order of the text.
+        lr: Peak base learning rate, above 0.
+        lookahead_step_size: Peak lookahead step size, in [0, 1).
+        ema_decay: Weight of the past in the EMA direction, in [0, 1).
+
+    Raises:
+        ValueError: If ``num_steps`` or ``lr`` is out of its range.
+    """
 
     num_steps: int
     seed: int
     lr: float
     lookahead_step_size: float
     ema_decay: float
+
+    def __post_init__(self) -> None:
+        if self.num_steps < NUM_VALIDATIONS or self.num_steps % NUM_VALIDATIONS:
+            raise ValueError(
+                f"num_steps must be a positive multiple of {NUM_VALIDATIONS}, the number of "
+                f"validations, got {self.num_steps}."
+            )
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}.")
 
 
 def run_quickstart(settings: Settings, *, out_dir: Path, text: Path | None = None) -> Path:
@@ -76,34 +104,10 @@ def _new_folder(out_dir: Path) -> Path:
 
 
 def _train(
-    settings: Settings, corpus: Corpus, log_dir: Path, callbacks: list[Callback]
+    settings: Settings, corpus: Corpus, log_dir: Path, callbacks: Sequence[Callback]
 ) -> None:
     seed_everything(settings.seed, verbose=False)
     model = ByteLanguageModel(settings.lr, settings.num_steps, window_size=WINDOW_SIZE)
-    logger = TensorBoardLogger(log_dir.parent, log_dir.name, version="", default_hp_metric=False)
-    validate_every = max(1, settings.num_steps // NUM_VALIDATIONS)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=settings.num_steps,
-        max_epochs=1,
-        val_check_interval=validate_every,
-        num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-        log_every_n_steps=min(10, settings.num_steps),
-        logger=logger,
-        callbacks=[
-            *callbacks,
-            LearningRateMonitor("step"),
-            ModelCheckpoint(
-                log_dir / "checkpoints",
-                filename="{step}",
-                every_n_train_steps=validate_every,
-                save_on_exception=True,
-            ),
-        ],
-        enable_model_summary=False,
-    )
     train = shuffled(
         corpus.train,
         window_size=WINDOW_SIZE,
@@ -113,40 +117,47 @@ def _train(
     held_out = evenly_spaced(
         corpus.validation, window_size=WINDOW_SIZE, num_windows=NUM_VALIDATION_WINDOWS
     )
-    val_loader = DataLoader(held_out, batch_size=4 * BATCH_SIZE)
+    trainer = _make_trainer(settings, log_dir, callbacks)
     with _without_advice():
-        trainer.fit(model, DataLoader(train, batch_size=BATCH_SIZE), val_loader)
-        if settings.num_steps % validate_every:
-            trainer.validate(model, val_loader, verbose=False)
+        trainer.fit(
+            model,
+            DataLoader(train, batch_size=BATCH_SIZE),
+            DataLoader(held_out, batch_size=VALIDATION_BATCH_SIZE),
+        )
     trainer.save_checkpoint(log_dir / "final.ckpt")
-    hyperparameters = {**asdict(settings), "ema_nesterov": bool(callbacks)}
-    logger.log_hyperparams(
-        hyperparameters, {"hp/val_loss": trainer.callback_metrics["val_loss"].item()}
+    for logger in trainer.loggers:
+        logger.log_hyperparams(
+            {**asdict(settings), "ema_nesterov": bool(callbacks)},
+            {"hp/val_loss": trainer.callback_metrics["val_loss"].item()},
+        )
+        logger.finalize("success")
+
+
+def _make_trainer(settings: Settings, log_dir: Path, callbacks: Sequence[Callback]) -> Trainer:
+    validate_every = settings.num_steps // NUM_VALIDATIONS
+    checkpoint = ModelCheckpoint(
+        log_dir / "checkpoints",
+        filename="{step}",
+        every_n_train_steps=validate_every,
+        save_on_exception=True,
     )
-    logger.finalize("success")
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=settings.num_steps,
+        val_check_interval=validate_every,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        log_every_n_steps=min(10, validate_every),
+        logger=TensorBoardLogger(log_dir.parent, log_dir.name, version="", default_hp_metric=False),
+        callbacks=[*callbacks, LearningRateMonitor("step"), checkpoint],
+        enable_model_summary=False,
+    )
 
 
 def _report(settings: Settings, corpus: Corpus, run_dir: Path) -> None:
     baseline, treated = (read_scalars(run_dir / name, "val_loss") for name in (BASELINE, TREATED))
-    result = compare(baseline, treated)
-    reached_step, reached_seconds = (
-        ("never", "never")
-        if result.steps_to_baseline_final is None
-        else (str(result.steps_to_baseline_final), f"{result.seconds_to_baseline_final:.0f}")
-    )
-    table = format_table(
-        [
-            ["run", "final loss", "best loss", "steps to baseline's final", "seconds to it"],
-            [
-                BASELINE,
-                f"{result.baseline_final:.4f}",
-                f"{result.baseline_best:.4f}",
-                str(result.baseline_steps),
-                f"{result.baseline_seconds:.0f}",
-            ],
-            [TREATED, f"{result.final:.4f}", f"{result.best:.4f}", reached_step, reached_seconds],
-        ]
-    )
+    comparison = compare(baseline, treated)
     curves = run_dir / "curves.png"
     draw_curves(
         curves,
@@ -162,15 +173,36 @@ def _report(settings: Settings, corpus: Corpus, run_dir: Path) -> None:
         "num_threads": torch.get_num_threads(),
         "train_sha256": corpus.split["train_sha256"],
         "validation_sha256": corpus.split["validation_sha256"],
-        "comparison": asdict(result),
+        "comparison": asdict(comparison),
         "val_loss": {
             name: [[point.step, point.value] for point in points]
             for name, points in ((BASELINE, baseline), (TREATED, treated))
         },
     }
-    (run_dir / "results.json").write_text(json.dumps(results, indent=1))
-    print(f"\nValidation loss in nats per byte\n\n{table}\n\nCurves: {curves}")
+    (run_dir / "results.json").write_text(json.dumps(results))
+    print(f"\nValidation loss in nats per byte\n\n{_table(comparison)}\n\nCurves: {curves}")
     print(f"Logs: tensorboard --logdir {run_dir}")
+
+
+def _table(result: Comparison) -> str:
+    reached = (
+        ("never", "never")
+        if result.steps_to_baseline_final is None
+        else (str(result.steps_to_baseline_final), f"{result.seconds_to_baseline_final:.0f}")
+    )
+    return format_table(
+        [
+            ["run", "final loss", "best loss", "steps to baseline's final", "seconds to it"],
+            [
+                BASELINE,
+                f"{result.baseline_final:.4f}",
+                f"{result.baseline_best:.4f}",
+                str(result.baseline_steps),
+                f"{result.baseline_seconds:.0f}",
+            ],
+            [TREATED, f"{result.final:.4f}", f"{result.best:.4f}", *reached],
+        ]
+    )
 
 
 class _without_advice(warnings.catch_warnings):  # noqa: N801
