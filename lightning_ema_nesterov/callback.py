@@ -63,8 +63,8 @@ class EMANesterov(Callback):
 
     Raises:
         ValueError: If an argument is out of its range.
-        MisconfigurationException: When fit starts: for DeepSpeed and XLA, without an optimizer, and
-            where ``warmup`` and ``rest`` do not fit the run.
+        MisconfigurationException: When fit starts: for DeepSpeed and XLA, without an optimizer,
+            for a second EMANesterov, and where ``warmup`` and ``rest`` do not fit the run.
         TypeError: When fit starts, for an optimizer that is not a ``torch.optim.Optimizer``.
 
     Example:
@@ -140,6 +140,11 @@ class EMANesterov(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the configuration, attach to the optimizers, and bracket the training step."""
         check_trainer(trainer)
+        num_callbacks = sum(isinstance(callback, EMANesterov) for callback in trainer.callbacks)
+        if num_callbacks > 1:
+            raise MisconfigurationException(
+                f"EMANesterov must be in the list of callbacks once, got {num_callbacks}."
+            )
         schedule = self._make_schedule(trainer)
         tell_max_lr(trainer)
         for optimizer in trainer.optimizers:
