@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def run_quickstart(settings: Settings, *, out_dir: Path, text: Path | None = Non
     print(f"Logs: {run_dir}\nWatch: tensorboard --logdir {run_dir}")
     for name, callbacks in ((BASELINE, []), (TREATED, [callback])):
         print(f"\n{name}: {settings.num_steps} optimizer steps")
-        _train(settings, corpus, run_dir / name, callbacks)
+        with _without_advice():
+            _train(settings, corpus, run_dir / name, callbacks)
     _report(settings, corpus, run_dir)
     return run_dir
 
@@ -118,12 +120,11 @@ def _train(
         corpus.validation, window_size=WINDOW_SIZE, num_windows=NUM_VALIDATION_WINDOWS
     )
     trainer = _make_trainer(settings, log_dir, callbacks)
-    with _without_advice():
-        trainer.fit(
-            model,
-            DataLoader(train, batch_size=BATCH_SIZE),
-            DataLoader(held_out, batch_size=VALIDATION_BATCH_SIZE),
-        )
+    trainer.fit(
+        model,
+        DataLoader(train, batch_size=BATCH_SIZE),
+        DataLoader(held_out, batch_size=VALIDATION_BATCH_SIZE),
+    )
     trainer.save_checkpoint(log_dir / "final.ckpt")
     for logger in trainer.loggers:
         logger.log_hyperparams(
@@ -205,12 +206,16 @@ def _table(result: Comparison) -> str:
     )
 
 
-class _without_advice(warnings.catch_warnings):  # noqa: N801
-    """Silence Lightning's advice on data loader workers and its device banner."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence Lightning's advice on hardware, loggers and data loader workers."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-        return entered
+        logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
