@@ -13,11 +13,13 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ema_nesterov.direction import DIRECTION_KEY
 from lightning_ema_nesterov.lookahead import STEP_KEY, Lookahead
 from lightning_ema_nesterov.schedule import LookaheadSchedule, check_duration, check_unit_interval
 from lightning_ema_nesterov.trainer import (
     check_trainer,
     estimate_total_steps,
+    is_distributed_checkpoint_without,
     is_watched_in_window,
     steps_per_global_step,
     tell_max_lr,
@@ -148,9 +150,15 @@ class EMANesterov(Callback):
         schedule = self._make_schedule(trainer)
         tell_max_lr(trainer)
         for optimizer in trainer.optimizers:
-            lookahead = Lookahead(optimizer, schedule, ema_decay=self.ema_decay).attach()
+            lookahead = Lookahead(
+                optimizer, schedule, ema_decay=self.ema_decay, module=trainer.strategy.model
+            )
             self._detach.callback(lookahead.detach)
             self._lookaheads.append(lookahead)
+            # A distributed checkpoint is read into the state that the optimizer has: the hooks that
+            # make it hold directions must be on, and off where the checkpoint holds none.
+            if not is_distributed_checkpoint_without(DIRECTION_KEY, trainer.ckpt_path):
+                lookahead.attach()
         self._detach.callback(self._lookaheads.clear)
         self._bracket_training_step(trainer)
         self._bracket_save_checkpoint(trainer)
@@ -167,6 +175,7 @@ class EMANesterov(Callback):
                         "The checkpoint was made without EMA-Nesterov: training goes on from step "
                         f"{lookahead.step_idx} with an EMA direction of zero."
                     )
+            lookahead.attach()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

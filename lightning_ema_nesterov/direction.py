@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ema_nesterov.functional import begin_update_, cancel_update_, finish_update_
-from lightning_ema_nesterov.metrics import StepMetrics, measure_step
+from lightning_ema_nesterov.metrics import StepMetrics, sums_of_step
+from lightning_ema_nesterov.sharding import Sharding, local
 
 __all__ = ["DIRECTION_KEY", "EMADirections", "Fold"]
 
@@ -42,18 +43,21 @@ class Fold:
 class EMADirections:
     r"""EMA directions in ``base_optimizer.state[p]["ema_nesterov_direction"]``.
 
-    One tensor per parameter, of its shape, in float32 or the parameter's dtype where that is wider.
+    One tensor per parameter, of its shape and placed like it, so that every strategy saves, gathers
+    and reshards it; in float32 or the parameter's dtype where that is wider.
     It is made in the first step in which the parameter has a gradient, after the base optimizer:
     most base optimizers take a parameter with any state for one that they have initialised.
 
     Args:
         base_optimizer: The optimizer whose state holds the directions.
         ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
+        sharding: Who shares the parameters.
     """
 
-    def __init__(self, base_optimizer: Optimizer, ema_decay: float) -> None:
+    def __init__(self, base_optimizer: Optimizer, ema_decay: float, sharding: Sharding) -> None:
         self.base_optimizer = base_optimizer
         self.ema_decay = ema_decay
+        self.sharding = sharding
         self._loaded: list[Tensor | None] = []
 
     def has(self, p: Tensor) -> bool:
@@ -77,7 +81,9 @@ class EMADirections:
         new = [p for p in params if not self.has(p)]
         buffers = self.of(known)
         previous = [m.clone() if is_measured else None for m in buffers]
-        begin_update_(buffers, known, ema_decay=self.ema_decay, step_size=step_size)
+        begin_update_(
+            local(buffers), local(known), ema_decay=self.ema_decay, step_size=step_size
+        )
         # m_0 = 0: the fold of a new direction needs the iterate alone.
         buffers += [p.detach().to(_dtype_of_direction(p)).mul(self.ema_decay - 1.0) for p in new]
         params = known + new
@@ -104,22 +110,27 @@ class EMADirections:
             sides.append(([fold.params[i] for i in chosen], [fold.buffers[i] for i in chosen]))
         (stepped, finished), (waiting, cancelled) = sides
         self._finish(stepped, finished)
-        cancel_update_(cancelled, waiting, ema_decay=self.ema_decay, step_size=fold.step_size)
+        cancel_update_(
+            local(cancelled), local(waiting), ema_decay=self.ema_decay, step_size=fold.step_size
+        )
         return waiting
 
     def _finish(self, params: list[Tensor], buffers: list[Tensor]) -> None:
-        finish_update_(buffers, params, ema_decay=self.ema_decay)
+        finish_update_(local(buffers), local(params), ema_decay=self.ema_decay)
         for p, buffer in zip(params, buffers, strict=True):
             self.base_optimizer.state[p][DIRECTION_KEY] = buffer
 
     def measure(self, folds: list[Fold]) -> StepMetrics:
-        """Measure a finished step."""
-        return measure_step(
-            [m for fold in folds for m in fold.previous],
-            [m for fold in folds for m in fold.buffers],
+        """Measure a finished step; the only communication, where parameters are sharded."""
+        params = [p for fold in folds for p in fold.params]
+        previous = [m for fold in folds for m in fold.previous]
+        rows = sums_of_step(
+            [None if m is None else local([m])[0] for m in previous],
+            local(m for fold in folds for m in fold.buffers),
             ema_decay=self.ema_decay,
-            step_size=max((fold.step_size for fold in folds), default=0.0),
         )
+        step_size = max((fold.step_size for fold in folds), default=0.0)
+        return StepMetrics.from_sums(self.sharding.sum_over_shards(params, rows), step_size)
 
     def keep_dtype_on_load(self) -> list[RemovableHandle]:
         """Register hooks: ``load_state_dict`` rounds every state to its parameter's dtype."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
@@ -18,6 +19,7 @@ from lightning_ema_nesterov.direction import EMADirections, Fold
 from lightning_ema_nesterov.functional import extrapolate_, retract_
 from lightning_ema_nesterov.metrics import StepMetrics
 from lightning_ema_nesterov.schedule import LookaheadSchedule, check_unit_interval, follow_lr
+from lightning_ema_nesterov.sharding import Sharding, local
 
 __all__ = ["STEP_KEY", "Lookahead", "Stage"]
 
@@ -56,6 +58,7 @@ class Lookahead:
         base_optimizer: The optimizer to look ahead for. Its ``step`` must call its closure.
         schedule: Step size :math:`\beta_t` for each step.
         ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
+        module: The outermost module; needed where FSDP shards it.
 
     Attributes:
         stage: What the parameters hold.
@@ -67,7 +70,6 @@ class Lookahead:
         ValueError: If ``ema_decay`` is not in [0, 1).
 
     Example:
-        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
         >>> optimizer = torch.optim.SGD([weight], lr=0.25)
         >>> lookahead = Lookahead(optimizer, LookaheadSchedule(0.5), ema_decay=0.5).attach()
@@ -81,7 +83,12 @@ class Lookahead:
     """
 
     def __init__(
-        self, base_optimizer: Optimizer, schedule: LookaheadSchedule, *, ema_decay: float
+        self,
+        base_optimizer: Optimizer,
+        schedule: LookaheadSchedule,
+        *,
+        ema_decay: float,
+        module: nn.Module | None = None,
     ) -> None:
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(
@@ -91,7 +98,8 @@ class Lookahead:
         check_unit_interval("ema_decay", ema_decay)
         self.base_optimizer = base_optimizer
         self.schedule = schedule
-        self.directions = EMADirections(base_optimizer, ema_decay)
+        self.sharding = Sharding(module, base_optimizer)
+        self.directions = EMADirections(base_optimizer, ema_decay, self.sharding)
         self.stage = Stage.ITERATE
         self.will_measure = False
         self.metrics: StepMetrics | None = None
@@ -100,6 +108,7 @@ class Lookahead:
         self._folds: list[Fold] = []
         self._step_depth = 0
         self._in_closure = False
+        self._is_dry_run = False
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -113,6 +122,8 @@ class Lookahead:
 
     def attach(self) -> Self:
         """Register the hooks on the base optimizer and fix each group's learning-rate reference."""
+        if self._handles:
+            return self
         optimizer = self.base_optimizer
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -120,6 +131,7 @@ class Lookahead:
             *self.directions.keep_dtype_on_load(),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        optimizer.param_groups[0].setdefault(STEP_KEY, 0)
         for group in optimizer.param_groups:
             follow_lr(group)
         return self
@@ -143,11 +155,13 @@ class Lookahead:
         if self.stage is not Stage.ITERATE:
             return
         self.stage = Stage.LOOKAHEAD
+        self.sharding.reshard()
         for group in self.base_optimizer.param_groups:
             step_size = self.schedule.step_size(self.step_idx, follow_lr(group))
             params = [p for p in group["params"] if p.requires_grad and self.directions.has(p)]
             if step_size and params:
-                extrapolate_(params, self.directions.of(params), step_size=step_size)
+                directions = local(self.directions.of(params))
+                extrapolate_(local(params), directions, step_size=step_size)
                 self._step_sizes.update(dict.fromkeys(params, step_size))
 
     def retract(self) -> None:
@@ -173,6 +187,7 @@ class Lookahead:
         """
         if self.stage in (Stage.ITERATE, Stage.PAUSED):
             return
+        self.sharding.reshard()
         changed = dict.fromkeys(self._step_sizes)
         for fold in self._folds:
             changed.update(dict.fromkeys(fold.params + fold.buffers))
@@ -184,6 +199,7 @@ class Lookahead:
         """Put back, bit for bit, what :meth:`pause` kept aside."""
         if self._pause is None:
             return
+        self.sharding.reshard()
         for tensor, kept in self._pause.kept:
             # `.data` hides the change from autograd: the tensors that it saved are whole again.
             tensor.data.copy_(kept)
@@ -211,6 +227,10 @@ class Lookahead:
             return args, {**kwargs, "closure": self._fold_after(kwargs["closure"])}
         if len(args) > 1 and args[1] is not None:
             return (args[0], self._fold_after(args[1]), *args[2:]), kwargs
+        # torch.distributed.checkpoint makes a base optimizer create its state by a step with
+        # gradients and learning rates of zero, outside of training.
+        lrs = [float(group.get("lr", 1.0)) for group in optimizer.param_groups]
+        self._is_dry_run = self.stage is Stage.ITERATE and not any(lrs)
         self._begin_step()
         return None
 
@@ -264,16 +284,26 @@ class Lookahead:
             )
         for fold in self._folds:
             self.directions.finish(fold)
+        if self._is_dry_run:
+            self._end_dry_run()
+            return
         if self.will_measure:
             self.metrics = self.directions.measure(self._folds)
             self.will_measure = False
         self._close_window()
         self.step_idx += 1
 
+    def _end_dry_run(self) -> None:
+        self._is_dry_run = False
+        for fold in self._folds:
+            torch._foreach_zero_(local(fold.buffers))  # they hold m_0, not the fold's rounding error
+        self._close_window()
+
     def _after_load(self, optimizer: Optimizer) -> None:
         self._close_window()  # whoever loads the optimizer loads the iterates too
 
     def _restore_iterate(self) -> None:
+        self.sharding.reshard()
         if self.stage is Stage.LOOKAHEAD:
             for step_size, params in self._by_step_size(self._step_sizes):
                 self._retract(params, step_size)
@@ -283,8 +313,8 @@ class Lookahead:
     def _retract(self, params: list[Tensor], step_size: float) -> None:
         if step_size:
             # `.data` hides the change from autograd: after a pause the tensors it saved are whole.
-            points = [p.data for p in params]
-            retract_(points, self.directions.of(params), step_size=step_size)
+            points = local(p.data for p in params)
+            retract_(points, local(self.directions.of(params)), step_size=step_size)
 
     def _close_window(self) -> None:
         self.stage = Stage.ITERATE

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["StepMetrics", "alignment", "displacement", "global_norm", "measure_step"]
+__all__ = ["StepMetrics", "alignment", "displacement", "sums_of_step"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,22 @@ class StepMetrics:
     direction_norm: float
     displacement_norm: float
     alignment: float
+
+    @classmethod
+    def from_sums(cls, sums: Tensor, step_size: float) -> StepMetrics:
+        """Make the metrics from the four sums of :func:`sums_of_step` over all parameters.
+
+        Example:
+            >>> StepMetrics.from_sums(torch.tensor([4.0, 25.0, 9.0, 3.0]), step_size=0.5)
+            StepMetrics(step_size=0.5, direction_norm=5.0, displacement_norm=3.0, alignment=0.5)
+        """
+        before, after, moved, dot = sums.tolist()  # the only synchronisation with a GPU
+        return cls(
+            step_size=step_size,
+            direction_norm=math.sqrt(after),
+            displacement_norm=math.sqrt(moved),
+            alignment=alignment(dot, math.sqrt(before), math.sqrt(moved)),
+        )
 
     def as_scalars(self, suffix: str = "") -> dict[str, float]:
         """Return the TensorBoard tags and values.
@@ -55,16 +71,6 @@ def displacement(previous_direction: Tensor, direction: Tensor, *, ema_decay: fl
     return direction.sub(previous_direction, alpha=ema_decay).div_(1.0 - ema_decay)
 
 
-def global_norm(norms: Sequence[float]) -> float:
-    """Return the Euclidean norm of a vector from the norms of its parts.
-
-    Example:
-        >>> global_norm([3.0, 4.0])
-        5.0
-    """
-    return math.hypot(*norms)
-
-
 def alignment(dot: float, first_norm: float, second_norm: float) -> float:
     """Return the cosine of two vectors; 0 where one of them is 0.
 
@@ -82,14 +88,13 @@ def alignment(dot: float, first_norm: float, second_norm: float) -> float:
 
 
 @torch.no_grad()
-def measure_step(
+def sums_of_step(
     previous_directions: Sequence[Tensor | None],
     directions: Sequence[Tensor],
     *,
     ema_decay: float,
-    step_size: float,
-) -> StepMetrics:
-    r"""Measure one optimizer step from the EMA directions before and after it.
+) -> Tensor:
+    r"""Return what has to be added over parameters to measure a step.
 
     One tensor of the size of the largest parameter is held for the time of the call.
 
@@ -97,28 +102,24 @@ def measure_step(
         previous_directions: EMA directions :math:`m_t`; ``None`` where it is 0.
         directions: EMA directions :math:`m_{t+1}`, in the same order.
         ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
-        step_size: Current step size :math:`\beta_t`.
+
+    Returns:
+        For each parameter the squared norms of :math:`m_t`, :math:`m_{t+1}` and
+        :math:`x_{t+1} - x_t`, and the inner product of the first and the last: ``float64`` of shape
+        ``(num_parameters, 4)``.
 
     Example:
-        >>> measure_step([None], [torch.tensor([3.0, 4.0])], ema_decay=0.5, step_size=0.0)
-        StepMetrics(step_size=0.0, direction_norm=5.0, displacement_norm=10.0, alignment=0.0)
+        >>> sums_of_step([None], [torch.tensor([3.0, 4.0])], ema_decay=0.5)
+        tensor([[  0.,  25., 100.,   0.]], dtype=torch.float64)
     """
     rows: list[Tensor] = []
     for previous, direction in zip(previous_directions, directions, strict=True):
         m_0 = torch.zeros_like(direction) if previous is None else previous
         moved = displacement(m_0, direction, ema_decay=ema_decay)
         vectors = [_as_real_vector(tensor) for tensor in (m_0, direction, moved)]
-        norms = [torch.linalg.vector_norm(vector) for vector in vectors]
-        rows.append(torch.stack([*norms, torch.dot(vectors[0], vectors[2])]))
-    table = torch.stack([row.to(rows[0].device, torch.float64) for row in rows]) if rows else None
-    columns = [[0.0]] * 4 if table is None else table.T.tolist()  # the only synchronisation
-    before, after, moved_by = (global_norm(column) for column in columns[:3])
-    return StepMetrics(
-        step_size=step_size,
-        direction_norm=after,
-        displacement_norm=moved_by,
-        alignment=alignment(sum(columns[3]), before, moved_by),
-    )
+        squares = [torch.linalg.vector_norm(vector).double().square() for vector in vectors]
+        rows.append(torch.stack([*squares, torch.dot(vectors[0], vectors[2]).double()]))
+    return torch.stack(rows) if rows else torch.zeros(0, 4, dtype=torch.float64)
 
 
 def _as_real_vector(tensor: Tensor) -> Tensor:

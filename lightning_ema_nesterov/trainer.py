@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.distributed.checkpoint import FileSystemReader
 from torch.optim.lr_scheduler import CyclicLR
 
 from lightning_ema_nesterov.schedule import set_max_lr
@@ -14,6 +17,7 @@ from lightning_ema_nesterov.schedule import set_max_lr
 __all__ = [
     "check_trainer",
     "estimate_total_steps",
+    "is_distributed_checkpoint_without",
     "is_watched_in_window",
     "steps_per_global_step",
     "tell_max_lr",
@@ -46,6 +50,19 @@ def check_trainer(trainer: Trainer) -> None:
         raise MisconfigurationException(
             "EMANesterov needs an optimizer, and configure_optimizers() returned none."
         )
+
+
+def is_distributed_checkpoint_without(key: str, path: str | Path | None) -> bool:
+    """Return whether a path is a folder of torch.distributed.checkpoint in which no entry has a key.
+
+    Args:
+        key: What the name of an entry may end in.
+        path: Path of a checkpoint of any kind, local or not; ``None`` for none.
+    """
+    if path is None or not (Path(path) / ".metadata").is_file():
+        return False
+    metadata = FileSystemReader(path).read_metadata()
+    return not any(name.endswith(key) for name in metadata.state_dict_metadata)
 
 
 def tell_max_lr(trainer: Trainer) -> None:

@@ -1,0 +1,103 @@
+"""Parameters that FSDP or tensor parallelism spread over processes.
+
+The arithmetic of EMA-Nesterov is elementwise, so each process moves its own shard and none of them
+has to talk. Two things are not local. After a forward pass FSDP may keep the gathered parameters and
+reuse them in the next one: it has to be told that the shards behind them changed. And a norm of the
+whole model is a sum over processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp._runtime_utils import _reshard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+__all__ = ["Sharding", "local"]
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parts of tensors that this process holds, sharing their memory."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+class Sharding:
+    """The sharded modules of one model, and who shares the parameters of one optimizer.
+
+    Args:
+        root: The outermost module, wrapped by FSDP or not. ``None``: nothing is sharded by FSDP.
+        base_optimizer: The optimizer of its parameters.
+    """
+
+    def __init__(self, root: nn.Module | None, base_optimizer: Optimizer) -> None:
+        modules = [] if root is None else list(root.modules())
+        self._fsdp1 = [m for m in modules if isinstance(m, FSDP) and m._handle is not None]
+        self._fsdp2 = [m for m in modules if isinstance(m, FSDPModule)]
+        self._base_optimizer = base_optimizer
+
+    @torch.no_grad()
+    def reshard(self) -> None:
+        """Drop gathered copies of parameters, before the shards are changed.
+
+        Without it the next forward pass of a group that stayed gathered (the root after a
+        validation; every group with ``reshard_after_forward=False`` or SHARD_GRAD_OP) runs at the
+        point from before the change. Gathering is left to that forward pass.
+        """
+        for module in self._fsdp2:
+            module.reshard()
+        for module in self._fsdp1:
+            handle = module._handle
+            # Before the first forward pass there is no shard, and the parameter is what it holds.
+            if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
+                _reshard(module, handle, True)
+
+    def sum_over_shards(self, params: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """Add rows that belong to parameters, over parameters and over the processes that share them.
+
+        One small collective for each set of processes. All of them must call it.
+
+        Args:
+            params: Parameters of the base optimizer.
+            rows: One row for each of them, of shape ``(len(params), num_columns)``.
+
+        Returns:
+            Their sum over the whole model, of shape ``(num_columns,)``.
+        """
+        owners = self._groups_of_fsdp1()
+        keys = {p: owners.get(p, _groups_of_dtensor(p)) for p in params}
+        totals: dict[tuple[dist.ProcessGroup, ...], Tensor] = {}
+        # A process may hold an empty shard of a parameter and so none of its rows: every process
+        # goes through all parameters, so that all reduce the same sets in the same order.
+        for group in self._base_optimizer.param_groups:
+            for p in group["params"]:
+                key = owners.get(p, _groups_of_dtensor(p))
+                totals.setdefault(key, rows.new_zeros(rows.shape[1]))
+        for p, row in zip(params, rows, strict=True):
+            totals[keys[p]] += row
+        for key, total in totals.items():
+            for process_group in key:
+                dist.all_reduce(total, group=process_group)
+        return torch.stack(list(totals.values())).sum(dim=0)
+
+    def _groups_of_fsdp1(self) -> dict[Tensor, tuple[dist.ProcessGroup, ...]]:
+        owners: dict[Tensor, tuple[dist.ProcessGroup, ...]] = {}
+        for module in self._fsdp1:
+            handle = module._handle
+            if handle.uses_sharded_strategy:
+                flat_param = handle.flat_param
+                for p in (flat_param, *(flat_param._params or ())):
+                    owners[p] = (handle.process_group,)
+        return owners
+
+
+def _groups_of_dtensor(p: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    if not isinstance(p, DTensor):
+        return ()
+    mesh, placements = p.device_mesh, p.placements
+    return tuple(mesh.get_group(dim) for dim, place in enumerate(placements) if place.is_shard())

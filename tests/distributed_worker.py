@@ -1,0 +1,253 @@
+"""One process of a distributed run. ``tests/test_distributed.py`` starts it and compares."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from toys import make_trainer
+from typing_extensions import override
+
+from lightning_ema_nesterov import EMANesterov
+from lightning_ema_nesterov.direction import DIRECTION_KEY
+
+GLOBAL_BATCH = 12
+VOCAB, WIDTH = 13, 10  # 13 rows are divided by neither 2 nor 3 processes
+
+
+class Tokens(Dataset[Tensor]):
+    def __init__(self, num_batches: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.tokens = torch.randint(VOCAB, (num_batches, GLOBAL_BATCH, 6), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, idx: int) -> Tensor:
+        """This process's share of a global batch."""
+        rank = int(os.environ.get("RANK", "0"))
+        share = GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", "1"))
+        return self.tokens[idx, rank * share : (rank + 1) * share]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 3 * WIDTH)
+        self.down = nn.Linear(3 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = x.cumsum(dim=1) / x.shape[1]
+        out: Tensor = x + self.down(functional.gelu(self.up(self.norm(mixed))))
+        return out
+
+
+class Model(LightningModule):
+    """Tied embeddings, and parameters that belong to the root itself."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.options = options
+        self.save_steps: set[int] = set()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.head.weight = self.embedding.weight
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.losses: list[float] = []
+        self.comm_counts: list[int] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens[:, :-1]) * self.scale
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(x)
+        return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self(batch)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self(batch)
+
+    @override
+    def configure_model(self) -> None:
+        if self.options["strategy"] != "fsdp2" or hasattr(self, "is_configured"):
+            return
+        self.is_configured = True
+        mesh = self.device_mesh["data_parallel"]
+        reshard = self.options.get("reshard_after_forward", True)
+        for block in self.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(self, mesh=mesh, reshard_after_forward=reshard)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        params = list(self.trainer.model.parameters() if self.trainer.model else self.parameters())
+        return {
+            "adamw": lambda: torch.optim.AdamW(params, lr=1e-2),
+            "sgd": lambda: torch.optim.SGD(params, lr=5e-2),
+            "momentum": lambda: torch.optim.SGD(params, lr=2e-2, momentum=0.9),
+        }[self.options.get("optimizer", "adamw")]()
+
+
+class CPUFSDPStrategy(FSDPStrategy):
+    """Lightning passes no device to FSDP on a CPU, and FSDP then looks for a GPU."""
+
+    @override
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(
+            model,
+            sharding_strategy=self.sharding_strategy,
+            mixed_precision=self.mixed_precision_config,
+            device_id=torch.device("cpu"),
+            **self.kwargs,
+        )
+
+    @override
+    def model_sharded_context(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        return nullcontext()
+
+
+def make_strategy(options: dict[str, Any]) -> Strategy | str:
+    if options["strategy"] == "ddp":
+        return DDPStrategy()
+    if options["strategy"] == "fsdp1":
+        return CPUFSDPStrategy(
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            sharding_strategy=ShardingStrategy[options.get("sharding", "FULL_SHARD")],
+            use_orig_params=options.get("use_orig_params", True),
+            state_dict_type=options.get("state_dict_type", "sharded"),
+        )
+    if options["strategy"] == "fsdp2":
+        return ModelParallelStrategy(
+            data_parallel_size=int(os.environ["WORLD_SIZE"]),
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=options.get("distributed_checkpoint", True),
+        )
+    return "auto"
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gather(trainer: Trainer, model: Model) -> dict[str, Tensor]:
+    """Whole parameters, base state and directions by name, on every process."""
+    if model.options["strategy"] == "fsdp1":
+        with FullyShardedDataParallel.state_dict_type(
+            trainer.strategy.model,
+            torch.distributed.fsdp.StateDictType.FULL_STATE_DICT,
+            torch.distributed.fsdp.FullStateDictConfig(offload_to_cpu=False, rank0_only=False),
+            torch.distributed.fsdp.FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=False),
+        ):
+            weights = trainer.strategy.model.state_dict()
+            optim = FullyShardedDataParallel.optim_state_dict(
+                trainer.strategy.model, trainer.optimizers[0]
+            )
+        states = optim["state"]
+    else:
+        weights = {name: full(p.detach()) for name, p in model.named_parameters()}
+        names = {p: name for name, p in model.named_parameters()}
+        states = {names[p]: s for p, s in trainer.optimizers[0].state.items()}
+    out = {f"weight.{name}": value.clone() for name, value in weights.items()}
+    for name, state in states.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                out[f"{key}.{name}"] = full(value).clone()
+    return dict(sorted(out.items()))
+
+
+class CountsCommunication(EMANesterov):
+    """Counts the collectives of ours: in the moves and in the optimizer's hooks."""
+
+    counts: list[int] = []  # noqa: RUF012
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        for lookahead in self._lookaheads:
+            for name in ("extrapolate", "_begin_step", "_after_step", "pause", "retract"):
+                setattr(lookahead, name, self._counted(getattr(lookahead, name)))
+
+    def _counted(self, method: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with CommDebugMode() as mode:
+                result = method(*args, **kwargs)
+            self.counts.append(mode.get_total_counts())
+            return result
+
+        return counted
+
+
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    accumulate = options.get("accumulate", 1)
+    num_steps = options.get("num_steps", 8)
+    model = Model(options)
+    kind = CountsCommunication if options.get("count") else EMANesterov
+    callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, rest=1, total_steps=8)
+    trainer = make_trainer(
+        [] if options.get("plain") else [callback],
+        max_epochs=num_steps // 2,
+        strategy=make_strategy(options),
+        devices=int(os.environ.get("WORLD_SIZE", "1")),
+        accumulate_grad_batches=accumulate,
+        precision=options.get("precision", "32-true"),
+        val_check_interval=options.get("val_check_interval", 1.0),
+        use_distributed_sampler=False,
+    )
+    val = DataLoader(Tokens(1), batch_size=None) if options.get("validate") else None
+    train = DataLoader(Tokens(2 * accumulate), batch_size=None)
+    trainer.fit(model, train, val, ckpt_path=options.get("load"))
+    if options.get("save"):
+        trainer.save_checkpoint(options["save"])
+    result: dict[str, Any] = {"tensors": gather(trainer, model), "losses": model.losses}
+    result["group"] = {
+        key: value
+        for key, value in trainer.optimizers[0].param_groups[0].items()
+        if key.startswith("ema_nesterov")
+    }
+    if options.get("count"):
+        result["counts"] = CountsCommunication.counts
+    assert options.get("plain") or any(DIRECTION_KEY in key for key in result["tensors"])
+    return result
+
+
+def main() -> None:
+    """Run every configuration of the file that the command line names."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    for options in json.loads((folder / sys.argv[2]).read_text()):
+        name = options["name"]
+        try:
+            result = run(options)
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+            if not options.get("may_fail"):
+                raise
+        if os.environ.get("RANK", "0") == "0":
+            torch.save(result, folder / f"{name}.pt")
+        if dist.is_initialized():
+            dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
