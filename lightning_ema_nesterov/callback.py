@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,13 +13,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ema_nesterov.direction import DIRECTION_KEY
-from lightning_ema_nesterov.lookahead import STEP_KEY, Lookahead
+from lightning_ema_nesterov.lookahead import Lookahead
+from lightning_ema_nesterov.metrics import tag_suffixes
 from lightning_ema_nesterov.schedule import LookaheadSchedule, check_duration, check_unit_interval
 from lightning_ema_nesterov.trainer import (
     check_trainer,
     estimate_total_steps,
     is_distributed_checkpoint_without,
     is_watched_in_window,
+    replace_method,
     steps_per_global_step,
     tell_max_lr,
     window_continues,
@@ -127,8 +128,6 @@ class EMANesterov(Callback):
             f"{type(base_optimizer).__qualname__} with {len(self._lookaheads)} optimizers attached."
         )
 
-    # Set up and take down.
-
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Go first in the list, after the tuners: every other callback then sees the iterate."""
@@ -154,28 +153,24 @@ class EMANesterov(Callback):
                 optimizer, schedule, ema_decay=self.ema_decay, module=trainer.strategy.model
             )
             self._detach.callback(lookahead.detach)
-            self._lookaheads.append(lookahead)
-            # A distributed checkpoint is read into the state that the optimizer has: the hooks that
-            # make it hold directions must be on, and off where the checkpoint holds none.
-            if not is_distributed_checkpoint_without(DIRECTION_KEY, trainer.ckpt_path):
-                lookahead.attach()
+            self._lookaheads.append(lookahead.attach())
         self._detach.callback(self._lookaheads.clear)
         self._bracket_training_step(trainer)
         self._bracket_save_checkpoint(trainer)
+        self._bracket_load_checkpoint(trainer)
         self._is_watched_in_window = is_watched_in_window(trainer, self)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue a checkpoint that was made without the callback at its step of the run."""
         for lookahead in self._lookaheads:
-            if STEP_KEY not in lookahead.base_optimizer.param_groups[0]:
-                lookahead.step_idx = trainer.global_step // steps_per_global_step(trainer)
-                if trainer.global_step:
-                    rank_zero_info(
-                        "The checkpoint was made without EMA-Nesterov: training goes on from step "
-                        f"{lookahead.step_idx} with an EMA direction of zero."
-                    )
             lookahead.attach()
+            if trainer.global_step and lookahead.is_new:
+                lookahead.step_idx = trainer.global_step // steps_per_global_step(trainer)
+                rank_zero_info(
+                    "The checkpoint was made without EMA-Nesterov: training goes on from step "
+                    f"{lookahead.step_idx} with an EMA direction of zero."
+                )
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -188,8 +183,6 @@ class EMANesterov(Callback):
     ) -> None:
         """Return to the iterate before anyone saves a checkpoint, and take everything off."""
         self._detach.close()
-
-    # The window: from the first micro-batch's forward pass to the base optimizer's step.
 
     @override
     def on_before_optimizer_step(
@@ -211,7 +204,8 @@ class EMANesterov(Callback):
                 lookahead.skip()
             elif self._is_watched_in_window:
                 lookahead.pause()
-        for lookahead, suffix in zip(self._lookaheads, self._tag_suffixes(), strict=True):
+        names = [type(lookahead.base_optimizer).__name__ for lookahead in self._lookaheads]
+        for lookahead, suffix in zip(self._lookaheads, tag_suffixes(names), strict=True):
             if lookahead.metrics is not None:
                 self.log_dict(lookahead.metrics.as_scalars(suffix))
                 lookahead.metrics = None
@@ -236,8 +230,6 @@ class EMANesterov(Callback):
         """Return to the iterate for good."""
         for lookahead in self._lookaheads:
             lookahead.retract()
-
-    # Parts.
 
     def _make_schedule(self, trainer: Trainer) -> LookaheadSchedule:
         total_steps = self.total_steps
@@ -273,7 +265,8 @@ class EMANesterov(Callback):
                     lookahead.extrapolate()
             return training_step(*args, **kwargs)
 
-        self._replace_method(trainer.strategy, "training_step", extrapolate_then_training_step)
+        undo = replace_method(trainer.strategy, "training_step", extrapolate_then_training_step)
+        self._detach.callback(undo)
 
     def _bracket_save_checkpoint(self, trainer: Trainer) -> None:
         save_checkpoint = trainer.save_checkpoint
@@ -284,21 +277,19 @@ class EMANesterov(Callback):
                     stack.enter_context(lookahead.at_iterate())
                 save_checkpoint(*args, **kwargs)
 
-        self._replace_method(trainer, "save_checkpoint", save_checkpoint_at_iterate)
+        undo = replace_method(trainer, "save_checkpoint", save_checkpoint_at_iterate)
+        self._detach.callback(undo)
 
-    def _replace_method(self, owner: object, name: str, method: Callable[..., Any]) -> None:
-        previous = vars(owner).get(name)
-        setattr(owner, name, method)
-        if previous is None:
-            self._detach.callback(delattr, owner, name)
-        else:
-            self._detach.callback(setattr, owner, name, previous)
+    def _bracket_load_checkpoint(self, trainer: Trainer) -> None:
+        load_checkpoint = trainer.strategy.load_checkpoint
 
-    def _tag_suffixes(self) -> Sequence[str]:
-        if len(self._lookaheads) == 1:
-            return [""]
-        names = [type(lookahead.base_optimizer).__name__ for lookahead in self._lookaheads]
-        return [
-            f"/{name}" if names.count(name) == 1 else f"/{name}-{names[:idx].count(name)}"
-            for idx, name in enumerate(names)
-        ]
+        def forget_then_load_checkpoint(path: Any, *args: Any, **kwargs: Any) -> Any:
+            # A distributed checkpoint is read into the state that the optimizer has, and lacks what
+            # was not saved: on_train_start attaches again.
+            if is_distributed_checkpoint_without(DIRECTION_KEY, path):
+                for lookahead in self._lookaheads:
+                    lookahead.forget()
+            return load_checkpoint(path, *args, **kwargs)
+
+        undo = replace_method(trainer.strategy, "load_checkpoint", forget_then_load_checkpoint)
+        self._detach.callback(undo)

@@ -15,6 +15,7 @@ def quickstart(
     lr: float = 2e-3,
     lookahead_step_size: float = 0.5,
     ema_decay: float = 0.99,
+    batch_size: int = 8,
     out_dir: Path = Path("out/quickstart"),
     text: Path | None = None,
 ) -> None:
@@ -26,12 +27,13 @@ def quickstart(
         lr: Peak base learning rate of both runs.
         lookahead_step_size: Peak lookahead step size, in [0, 1).
         ema_decay: Weight of the past in the EMA direction, in [0, 1).
+        batch_size: Windows of 64 bytes in a batch, at least 1. Small batches are noisy.
         out_dir: Folder for logs, checkpoints, the table and the picture; each call makes a run_N.
         text: A text file, or a folder of text files, instead of Python's standard library.
     """
     from lightning_ema_nesterov.quickstart.experiment import Settings, run_quickstart
 
-    settings = Settings(num_steps, seed, lr, lookahead_step_size, ema_decay)
+    settings = Settings(num_steps, seed, lr, lookahead_step_size, ema_decay, batch_size)
     run_quickstart(settings, out_dir=out_dir, text=text)
 
 

@@ -81,9 +81,7 @@ class EMADirections:
         new = [p for p in params if not self.has(p)]
         buffers = self.of(known)
         previous = [m.clone() if is_measured else None for m in buffers]
-        begin_update_(
-            local(buffers), local(known), ema_decay=self.ema_decay, step_size=step_size
-        )
+        begin_update_(local(buffers), local(known), ema_decay=self.ema_decay, step_size=step_size)
         # m_0 = 0: the fold of a new direction needs the iterate alone.
         buffers += [p.detach().to(_dtype_of_direction(p)).mul(self.ema_decay - 1.0) for p in new]
         params = known + new

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +17,21 @@ from typing_extensions import Self
 from lightning_ema_nesterov.direction import EMADirections, Fold
 from lightning_ema_nesterov.functional import extrapolate_, retract_
 from lightning_ema_nesterov.metrics import StepMetrics
-from lightning_ema_nesterov.schedule import LookaheadSchedule, check_unit_interval, follow_lr
+from lightning_ema_nesterov.schedule import (
+    MAX_LR_KEY,
+    LookaheadSchedule,
+    check_unit_interval,
+    follow_lr,
+)
 from lightning_ema_nesterov.sharding import Sharding, local
+from lightning_ema_nesterov.step_hooks import StepHooks
 
 __all__ = ["STEP_KEY", "Lookahead", "Stage"]
 
 STEP_KEY = "ema_nesterov_step"
 """Key of the number of steps taken, in the base optimizer's first parameter group."""
+
+_NO_STEP = -1
 
 
 class Stage(Enum):
@@ -48,7 +55,7 @@ class Lookahead:
     r"""EMA-Nesterov around one base optimizer, which stays the object that the user made.
 
     The owner calls :meth:`extrapolate` before each training forward pass. Hooks on the base
-    optimizer do the rest: the fold before it changes a parameter, the next EMA direction after it.
+    optimizer do the rest: the fold before it changes a parameter, the next direction after it.
 
     A parameter without a gradient takes no step: it returns to its iterate and keeps its direction,
     as the base optimizer leaves it and its state alone. A parameter with ``requires_grad=False`` is
@@ -106,19 +113,23 @@ class Lookahead:
         self._pause: _Pause | None = None
         self._step_sizes: dict[Tensor, float] = {}  # parameters at y, and their beta_t
         self._folds: list[Fold] = []
-        self._step_depth = 0
-        self._in_closure = False
         self._is_dry_run = False
+        self._hooks = StepHooks(base_optimizer, self._begin_step, self._end_step)
         self._handles: list[RemovableHandle] = []
 
     @property
     def step_idx(self) -> int:
         """Steps taken so far, kept in the first parameter group: it is saved with the optimizer."""
-        return int(self.base_optimizer.param_groups[0].get(STEP_KEY, 0))
+        return max(0, int(self.base_optimizer.param_groups[0].get(STEP_KEY, _NO_STEP)))
 
     @step_idx.setter
     def step_idx(self, value: int) -> None:
         self.base_optimizer.param_groups[0][STEP_KEY] = value
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no step was taken, or loaded, with EMA-Nesterov."""
+        return int(self.base_optimizer.param_groups[0].get(STEP_KEY, _NO_STEP)) == _NO_STEP
 
     def attach(self) -> Self:
         """Register the hooks on the base optimizer and fix each group's learning-rate reference."""
@@ -126,12 +137,11 @@ class Lookahead:
             return self
         optimizer = self.base_optimizer
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            *self._hooks.register(),
             *self.directions.keep_dtype_on_load(),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
-        optimizer.param_groups[0].setdefault(STEP_KEY, 0)
+        optimizer.param_groups[0].setdefault(STEP_KEY, _NO_STEP)  # a place to load it to
         for group in optimizer.param_groups:
             follow_lr(group)
         return self
@@ -143,6 +153,13 @@ class Lookahead:
             handle.remove()
         self._handles = []
 
+    def forget(self) -> None:
+        """Detach, and remove from the parameter groups what :meth:`attach` put there."""
+        self.detach()
+        for group in self.base_optimizer.param_groups:
+            group.pop(STEP_KEY, None)
+            group.pop(MAX_LR_KEY, None)
+
     def extrapolate(self) -> None:
         """Move the parameters to the lookahead point, unless they are there.
 
@@ -150,7 +167,7 @@ class Lookahead:
         """
         if self.stage is Stage.PAUSED:
             self.resume()
-        elif self.stage is Stage.STEPPING and not self._in_closure:
+        elif self.stage is Stage.STEPPING and not self._hooks.is_in_closure:
             self.retract()  # the last step of the base optimizer raised, and training goes on
         if self.stage is not Stage.ITERATE:
             return
@@ -172,6 +189,7 @@ class Lookahead:
         """
         if self.stage is not Stage.PAUSED:
             self._restore_iterate()
+        self._hooks.reset()
         self._close_window()
 
     def skip(self) -> None:
@@ -216,48 +234,17 @@ class Lookahead:
             if not was_paused:
                 self.resume()
 
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # A subclass whose `step` calls `super().step()` fires each hook twice.
-        self._step_depth += 1
-        if self._step_depth > 1:
-            return None
-        if kwargs.get("closure") is not None:
-            return args, {**kwargs, "closure": self._fold_after(kwargs["closure"])}
-        if len(args) > 1 and args[1] is not None:
-            return (args[0], self._fold_after(args[1]), *args[2:]), kwargs
+    def _begin_step(self) -> None:
         # torch.distributed.checkpoint makes a base optimizer create its state by a step with
         # gradients and learning rates of zero, outside of training.
-        lrs = [float(group.get("lr", 1.0)) for group in optimizer.param_groups]
+        groups = self.base_optimizer.param_groups
+        lrs = [float(group.get("lr", 1.0)) for group in groups]
         self._is_dry_run = self.stage is Stage.ITERATE and not any(lrs)
-        self._begin_step()
-        return None
-
-    def _fold_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Fold after the closure's first call: until then its forward and backward pass need y."""
-
-        def closure_then_fold() -> Any:
-            self._in_closure = True
-            try:
-                loss = closure()
-            except BaseException:
-                self._step_depth = 0  # the post-hook will not fire
-                raise
-            finally:
-                self._in_closure = False
-            if self.stage is not Stage.STEPPING:
-                self._begin_step()
-            return loss
-
-        return closure_then_fold
-
-    def _begin_step(self) -> None:
         self.resume()
         if self._scaler_skips_step():
             self._restore_iterate()
         else:
-            params = [p for group in self.base_optimizer.param_groups for p in group["params"]]
+            params = [p for group in groups for p in group["params"]]
             for step_size, bucket in self._by_step_size(p for p in params if p.grad is None):
                 self._retract(bucket, step_size)
             for step_size, bucket in self._by_step_size(p for p in params if p.grad is not None):
@@ -270,33 +257,17 @@ class Lookahead:
         found_inf = getattr(self.base_optimizer, "found_inf", None)
         return found_inf is not None and bool(found_inf.item() > 0)
 
-    def _after_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self._step_depth -= 1
-        if self._step_depth > 0:
-            return
-        if self.stage is not Stage.STEPPING:
-            self.retract()
-            raise RuntimeError(
-                f"{type(optimizer).__qualname__}.step() must call the closure it is given, and did "
-                "not. EMA-Nesterov updates its direction between the closure and the step."
-            )
+    def _end_step(self) -> None:
         for fold in self._folds:
             self.directions.finish(fold)
         if self._is_dry_run:
-            self._end_dry_run()
-            return
-        if self.will_measure:
-            self.metrics = self.directions.measure(self._folds)
-            self.will_measure = False
-        self._close_window()
-        self.step_idx += 1
-
-    def _end_dry_run(self) -> None:
-        self._is_dry_run = False
-        for fold in self._folds:
-            torch._foreach_zero_(local(fold.buffers))  # they hold m_0, not the fold's rounding error
+            for fold in self._folds:
+                torch._foreach_zero_(local(fold.buffers))  # m_0, without the fold's rounding error
+        else:
+            if self.will_measure:
+                self.metrics = self.directions.measure(self._folds)
+                self.will_measure = False
+            self.step_idx += 1
         self._close_window()
 
     def _after_load(self, optimizer: Optimizer) -> None:
@@ -321,7 +292,6 @@ class Lookahead:
         self._pause = None
         self._step_sizes = {}
         self._folds = []
-        self._step_depth = 0
 
     def _by_step_size(self, params: Iterable[Tensor]) -> list[tuple[float, list[Tensor]]]:
         buckets: dict[float, list[Tensor]] = defaultdict(list)

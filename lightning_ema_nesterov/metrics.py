@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["StepMetrics", "alignment", "displacement", "sums_of_step"]
+__all__ = ["StepMetrics", "alignment", "displacement", "sums_of_step", "tag_suffixes"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,21 @@ class StepMetrics:
             suffix: Appended to each tag, to tell several optimizers apart.
         """
         return {f"ema_nesterov/{name}{suffix}": value for name, value in vars(self).items()}
+
+
+def tag_suffixes(names: Sequence[str]) -> list[str]:
+    """Return what tells the tags of several optimizers apart; nothing for a single one.
+
+    Example:
+        >>> tag_suffixes(["AdamW"]), tag_suffixes(["AdamW", "SGD", "AdamW"])
+        ([''], ['/AdamW-0', '/SGD', '/AdamW-1'])
+    """
+    if len(names) == 1:
+        return [""]
+    return [
+        f"/{name}" if names.count(name) == 1 else f"/{name}-{names[:idx].count(name)}"
+        for idx, name in enumerate(names)
+    ]
 
 
 def displacement(previous_direction: Tensor, direction: Tensor, *, ema_decay: float) -> Tensor:
@@ -105,21 +120,21 @@ def sums_of_step(
 
     Returns:
         For each parameter the squared norms of :math:`m_t`, :math:`m_{t+1}` and
-        :math:`x_{t+1} - x_t`, and the inner product of the first and the last: ``float64`` of shape
+        :math:`x_{t+1} - x_t`, and the inner product of the first and the last; shape
         ``(num_parameters, 4)``.
 
     Example:
         >>> sums_of_step([None], [torch.tensor([3.0, 4.0])], ema_decay=0.5)
-        tensor([[  0.,  25., 100.,   0.]], dtype=torch.float64)
+        tensor([[  0.,  25., 100.,   0.]])
     """
     rows: list[Tensor] = []
     for previous, direction in zip(previous_directions, directions, strict=True):
         m_0 = torch.zeros_like(direction) if previous is None else previous
         moved = displacement(m_0, direction, ema_decay=ema_decay)
         vectors = [_as_real_vector(tensor) for tensor in (m_0, direction, moved)]
-        squares = [torch.linalg.vector_norm(vector).double().square() for vector in vectors]
-        rows.append(torch.stack([*squares, torch.dot(vectors[0], vectors[2]).double()]))
-    return torch.stack(rows) if rows else torch.zeros(0, 4, dtype=torch.float64)
+        squares = [torch.linalg.vector_norm(vector).float().square() for vector in vectors]
+        rows.append(torch.stack([*squares, torch.dot(vectors[0], vectors[2]).float()]))
+    return torch.stack(rows) if rows else torch.zeros(0, 4)
 
 
 def _as_real_vector(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Parameters that FSDP or tensor parallelism spread over processes.
 
-The arithmetic of EMA-Nesterov is elementwise, so each process moves its own shard and none of them
-has to talk. Two things are not local. After a forward pass FSDP may keep the gathered parameters and
+The arithmetic of EMA-Nesterov is elementwise, so each process moves its own shard and none has to
+talk. Two things are not local. After a forward pass FSDP may keep the gathered parameters and
 reuse them in the next one: it has to be told that the shards behind them changed. And a norm of the
 whole model is a sum over processes.
 """
@@ -13,8 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -37,7 +36,9 @@ class Sharding:
 
     def __init__(self, root: nn.Module | None, base_optimizer: Optimizer) -> None:
         modules = [] if root is None else list(root.modules())
-        self._fsdp1 = [m for m in modules if isinstance(m, FSDP) and m._handle is not None]
+        fsdp1 = [m for m in modules if isinstance(m, FullyShardedDataParallel)]
+        handles = [(m, m._handle) for m in fsdp1]
+        self._fsdp1 = [(m, h) for m, h in handles if h is not None and h.uses_sharded_strategy]
         self._fsdp2 = [m for m in modules if isinstance(m, FSDPModule)]
         self._base_optimizer = base_optimizer
 
@@ -49,16 +50,15 @@ class Sharding:
         validation; every group with ``reshard_after_forward=False`` or SHARD_GRAD_OP) runs at the
         point from before the change. Gathering is left to that forward pass.
         """
-        for module in self._fsdp2:
-            module.reshard()
-        for module in self._fsdp1:
-            handle = module._handle
+        for fsdp2 in self._fsdp2:
+            fsdp2.reshard()
+        for fsdp1, handle in self._fsdp1:
             # Before the first forward pass there is no shard, and the parameter is what it holds.
-            if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
-                _reshard(module, handle, True)
+            if hasattr(handle.flat_param, "_local_shard"):
+                _reshard(fsdp1, handle, True)
 
     def sum_over_shards(self, params: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """Add rows that belong to parameters, over parameters and over the processes that share them.
+        """Add rows that belong to parameters, over parameters and the processes that share them.
 
         One small collective for each set of processes. All of them must call it.
 
@@ -70,29 +70,25 @@ class Sharding:
             Their sum over the whole model, of shape ``(num_columns,)``.
         """
         owners = self._groups_of_fsdp1()
-        keys = {p: owners.get(p, _groups_of_dtensor(p)) for p in params}
+        own = {p: row.to(p.device) for p, row in zip(params, rows, strict=True)}
         totals: dict[tuple[dist.ProcessGroup, ...], Tensor] = {}
-        # A process may hold an empty shard of a parameter and so none of its rows: every process
-        # goes through all parameters, so that all reduce the same sets in the same order.
+        # A process may hold an empty shard of a parameter and so no row of it: every process goes
+        # through all parameters, so that all reduce the same sets in the same order.
         for group in self._base_optimizer.param_groups:
             for p in group["params"]:
                 key = owners.get(p, _groups_of_dtensor(p))
-                totals.setdefault(key, rows.new_zeros(rows.shape[1]))
-        for p, row in zip(params, rows, strict=True):
-            totals[keys[p]] += row
+                row = own.get(p, torch.zeros(rows.shape[1], device=p.device))
+                totals[key] = totals[key] + row.to(totals[key].device) if key in totals else row
         for key, total in totals.items():
             for process_group in key:
                 dist.all_reduce(total, group=process_group)
-        return torch.stack(list(totals.values())).sum(dim=0)
+        return torch.stack([total.cpu() for total in totals.values()]).sum(dim=0)
 
     def _groups_of_fsdp1(self) -> dict[Tensor, tuple[dist.ProcessGroup, ...]]:
         owners: dict[Tensor, tuple[dist.ProcessGroup, ...]] = {}
-        for module in self._fsdp1:
-            handle = module._handle
-            if handle.uses_sharded_strategy:
-                flat_param = handle.flat_param
-                for p in (flat_param, *(flat_param._params or ())):
-                    owners[p] = (handle.process_group,)
+        for _, handle in self._fsdp1:
+            for p in (handle.flat_param, *(handle.flat_param._params or ())):
+                owners[p] = (handle.process_group,)
         return owners
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -19,6 +22,7 @@ __all__ = [
     "estimate_total_steps",
     "is_distributed_checkpoint_without",
     "is_watched_in_window",
+    "replace_method",
     "steps_per_global_step",
     "tell_max_lr",
     "window_continues",
@@ -52,14 +56,14 @@ def check_trainer(trainer: Trainer) -> None:
         )
 
 
-def is_distributed_checkpoint_without(key: str, path: str | Path | None) -> bool:
-    """Return whether a path is a folder of torch.distributed.checkpoint in which no entry has a key.
+def is_distributed_checkpoint_without(key: str, path: str | Path) -> bool:
+    """Return whether a path is a folder of torch.distributed.checkpoint without a key.
 
     Args:
         key: What the name of an entry may end in.
-        path: Path of a checkpoint of any kind, local or not; ``None`` for none.
+        path: Path of a checkpoint of any kind, local or not.
     """
-    if path is None or not (Path(path) / ".metadata").is_file():
+    if not (Path(path) / ".metadata").is_file():
         return False
     metadata = FileSystemReader(path).read_metadata()
     return not any(name.endswith(key) for name in metadata.state_dict_metadata)
@@ -124,3 +128,16 @@ def is_watched_in_window(trainer: Trainer, own: Callback) -> bool:
                 if is_overridden(hook, callback) or hook in vars(callback):
                     return True
     return False
+
+
+def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Replace a method of one object.
+
+    Returns:
+        A function that puts back what was there.
+    """
+    previous = vars(owner).get(name)
+    setattr(owner, name, method)
+    if previous is None:
+        return partial(delattr, owner, name)
+    return partial(setattr, owner, name, previous)

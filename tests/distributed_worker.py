@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.direction import DIRECTION_KEY
+from lightning_ema_nesterov.sharding import Sharding
 
 GLOBAL_BATCH = 12
 VOCAB, WIDTH = 13, 10  # 13 rows are divided by neither 2 nor 3 processes
@@ -93,15 +94,17 @@ class Model(LightningModule):
         if self.options["strategy"] != "fsdp2" or hasattr(self, "is_configured"):
             return
         self.is_configured = True
+        assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
-        reshard = self.options.get("reshard_after_forward", True)
+        # By default FSDP2 keeps the root's parameters after a forward pass, and no others.
+        chosen = {k: v for k, v in self.options.items() if k == "reshard_after_forward"}
         for block in self.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-        fully_shard(self, mesh=mesh, reshard_after_forward=reshard)
+            fully_shard(block, mesh=mesh, **chosen)
+        fully_shard(self, mesh=mesh, **chosen)
 
     @override
     def configure_optimizers(self) -> Any:
-        params = list(self.trainer.model.parameters() if self.trainer.model else self.parameters())
+        params = list((self.trainer.model or self).parameters())
         return {
             "adamw": lambda: torch.optim.AdamW(params, lr=1e-2),
             "sgd": lambda: torch.optim.SGD(params, lr=5e-2),
@@ -123,7 +126,7 @@ class CPUFSDPStrategy(FSDPStrategy):
         )
 
     @override
-    def model_sharded_context(self) -> AbstractContextManager[None]:  # type: ignore[override]
+    def model_sharded_context(self) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -152,22 +155,23 @@ def full(tensor: Tensor) -> Tensor:
 
 def gather(trainer: Trainer, model: Model) -> dict[str, Tensor]:
     """Whole parameters, base state and directions by name, on every process."""
+    root, optimizer = trainer.strategy.model, trainer.optimizers[0]
+    assert root is not None
+    Sharding(root, optimizer).reshard()
     if model.options["strategy"] == "fsdp1":
         with FullyShardedDataParallel.state_dict_type(
-            trainer.strategy.model,
+            root,
             torch.distributed.fsdp.StateDictType.FULL_STATE_DICT,
             torch.distributed.fsdp.FullStateDictConfig(offload_to_cpu=False, rank0_only=False),
             torch.distributed.fsdp.FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=False),
         ):
-            weights = trainer.strategy.model.state_dict()
-            optim = FullyShardedDataParallel.optim_state_dict(
-                trainer.strategy.model, trainer.optimizers[0]
-            )
+            weights = root.state_dict()
+            optim = FullyShardedDataParallel.optim_state_dict(root, optimizer)
         states = optim["state"]
     else:
         weights = {name: full(p.detach()) for name, p in model.named_parameters()}
-        names = {p: name for name, p in model.named_parameters()}
-        states = {names[p]: s for p, s in trainer.optimizers[0].state.items()}
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        states = {names[p]: s for p, s in optimizer.state.items()}
     out = {f"weight.{name}": value.clone() for name, value in weights.items()}
     for name, state in states.items():
         for key, value in state.items():
@@ -185,8 +189,10 @@ class CountsCommunication(EMANesterov):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         for lookahead in self._lookaheads:
-            for name in ("extrapolate", "_begin_step", "_after_step", "pause", "retract"):
+            for name in ("extrapolate", "pause", "retract"):
                 setattr(lookahead, name, self._counted(getattr(lookahead, name)))
+            for name in ("_begin", "_end"):
+                setattr(lookahead._hooks, name, self._counted(getattr(lookahead._hooks, name)))
 
     def _counted(self, method: Any) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -199,6 +205,10 @@ class CountsCommunication(EMANesterov):
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
+    reshard = Sharding.reshard
+    if options.get("never_reshard"):
+        Sharding.reshard = lambda self: None  # type: ignore[method-assign]
+    CountsCommunication.counts = []
     accumulate = options.get("accumulate", 1)
     num_steps = options.get("num_steps", 8)
     model = Model(options)
@@ -217,6 +227,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     val = DataLoader(Tokens(1), batch_size=None) if options.get("validate") else None
     train = DataLoader(Tokens(2 * accumulate), batch_size=None)
     trainer.fit(model, train, val, ckpt_path=options.get("load"))
+    Sharding.reshard = reshard  # type: ignore[method-assign]
     if options.get("save"):
         trainer.save_checkpoint(options["save"])
     result: dict[str, Any] = {"tensors": gather(trainer, model), "losses": model.losses}
@@ -237,12 +248,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     for options in json.loads((folder / sys.argv[2]).read_text()):
         name = options["name"]
-        try:
-            result = run(options)
-        except Exception as error:
-            result = {"error": f"{type(error).__name__}: {error}"}
-            if not options.get("may_fail"):
-                raise
+        result = run(options)
         if os.environ.get("RANK", "0") == "0":
             torch.save(result, folder / f"{name}.pt")
         if dist.is_initialized():

@@ -22,16 +22,18 @@ LAYERS: dict[str, set[str]] = {
     "metrics": set(),
     "report": set(),
     "sharding": set(),
+    "step_hooks": set(),
     "direction": {"functional", "metrics", "sharding"},
-    "lookahead": {"direction", "functional", "schedule", "sharding", "metrics"},
+    "lookahead": {"direction", "functional", "metrics", "schedule", "sharding", "step_hooks"},
+    "attach": {"lookahead", "metrics", "schedule"},
     "trainer": {"schedule"},
-    "callback": {"direction", "lookahead", "schedule", "trainer"},
+    "callback": {"direction", "lookahead", "metrics", "schedule", "trainer"},
     "quickstart": set(),
     "quickstart.corpus": set(),
     "quickstart.model": set(),
     "quickstart.experiment": {"callback", "report", "quickstart.corpus", "quickstart.model"},
     "cli": {"quickstart.experiment"},
-    "": {"callback", "version"},
+    "": {"attach", "callback", "version"},
 }
 MAY_IMPORT_LIGHTNING = {"callback", "trainer", "quickstart.model", "quickstart.experiment"}
 MAY_IMPORT_LITGPT = {"quickstart.model"}

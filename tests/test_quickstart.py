@@ -179,6 +179,7 @@ def test_quickstart_trains_compares_and_draws(tmp_path: Path) -> None:
         (["--text", "missing.txt"], "missing.txt does not exist"),
         (["--num_steps", "50"], "num_steps must be a positive multiple of 20"),
         (["--lr", "-1"], "lr must be above 0, got -1.0"),
+        (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["--num_steps", "many"], "num_steps"),
     ],
 )

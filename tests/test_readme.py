@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,11 +24,11 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    [code] = blocks("python")
     namespace: dict[str, object] = {}
-    exec(code, namespace)
+    for code in blocks("python"):
+        exec(code, namespace)
     assert namespace["trainer"].global_step == 100  # type: ignore[attr-defined]
     assert list(tmp_path.rglob("*.ckpt"))
 
@@ -83,11 +84,14 @@ def test_results_in_the_readme_are_those_of_the_stored_runs() -> None:
     from statistics import mean, stdev
 
     runs = [json.loads(p.read_text()) for p in (ROOT / "recipes/quickstart/results").glob("*.json")]
-    rows = re.findall(r"^\| ([\d.]+e-\d) \|(.*)\|$", README, re.MULTILINE)
-    assert rows
-    assert len(rows) == len({run["settings"]["lr"] for run in runs})
-    for lr, cells in rows:
-        chosen = [r["comparison"] for r in runs if r["settings"]["lr"] == float(lr)]
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+e-\d) \|(.*)\|$", README, re.MULTILINE)
+
+    def key(run: dict[str, Any]) -> tuple[int, float]:
+        return run["settings"]["batch_size"], run["settings"]["lr"]
+
+    assert {(int(batch), float(lr)) for batch, lr, _ in rows} == {key(run) for run in runs}
+    for batch, lr, cells in rows:
+        chosen = [run["comparison"] for run in runs if key(run) == (int(batch), float(lr))]
         base = [c["baseline_final"] for c in chosen]
         treated = [c["final"] for c in chosen]
         gaps = [b - a for a, b in zip(base, treated, strict=True)]

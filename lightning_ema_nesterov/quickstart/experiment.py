@@ -31,7 +31,6 @@ from lightning_ema_nesterov.report import (
 __all__ = ["Settings", "run_quickstart"]
 
 WINDOW_SIZE = 64
-BATCH_SIZE = 8
 VALIDATION_BATCH_SIZE = 128
 NUM_VALIDATION_WINDOWS = 640
 NUM_VALIDATIONS = 20
@@ -48,9 +47,10 @@ class Settings:
         lr: Peak base learning rate, above 0.
         lookahead_step_size: Peak lookahead step size, in [0, 1).
         ema_decay: Weight of the past in the EMA direction, in [0, 1).
+        batch_size: Windows of text in a batch, at least 1.
 
     Raises:
-        ValueError: If ``num_steps`` or ``lr`` is out of its range.
+        ValueError: If ``num_steps``, ``lr`` or ``batch_size`` is out of its range.
     """
 
     num_steps: int
@@ -58,6 +58,7 @@ class Settings:
     lr: float
     lookahead_step_size: float
     ema_decay: float
+    batch_size: int = 8
 
     def __post_init__(self) -> None:
         if self.num_steps < NUM_VALIDATIONS or self.num_steps % NUM_VALIDATIONS:
@@ -67,6 +68,8 @@ class Settings:
             )
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}.")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
 
 
 def run_quickstart(settings: Settings, *, out_dir: Path, text: Path | None = None) -> Path:
@@ -113,7 +116,7 @@ def _train(
     train = shuffled(
         corpus.train,
         window_size=WINDOW_SIZE,
-        num_windows=settings.num_steps * BATCH_SIZE,
+        num_windows=settings.num_steps * settings.batch_size,
         seed=settings.seed,
     )
     held_out = evenly_spaced(
@@ -122,7 +125,7 @@ def _train(
     trainer = _make_trainer(settings, log_dir, callbacks)
     trainer.fit(
         model,
-        DataLoader(train, batch_size=BATCH_SIZE),
+        DataLoader(train, batch_size=settings.batch_size),
         DataLoader(held_out, batch_size=VALIDATION_BATCH_SIZE),
     )
     trainer.save_checkpoint(log_dir / "final.ckpt")

@@ -1,0 +1,119 @@
+"""EMA-Nesterov without the Trainer: Fabric and plain PyTorch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_ema_nesterov.lookahead import Lookahead
+from lightning_ema_nesterov.metrics import StepMetrics
+from lightning_ema_nesterov.schedule import LookaheadSchedule
+
+__all__ = ["EMANesterovHandle", "attach_ema_nesterov"]
+
+
+class EMANesterovHandle:
+    """What :func:`attach_ema_nesterov` returns: a view of the method, and the way to end it."""
+
+    def __init__(self, lookahead: Lookahead, handles: list[RemovableHandle]) -> None:
+        self._lookahead = lookahead
+        self._handles = handles
+
+    def at_iterate(self) -> AbstractContextManager[None]:
+        """Hold the parameters at the iterate inside a ``with`` block, wherever training is."""
+        return self._lookahead.at_iterate()
+
+    def measure_next_step(self) -> None:
+        """Have the next optimizer step measured, for :attr:`metrics`."""
+        self._lookahead.will_measure = True
+
+    @property
+    def metrics(self) -> StepMetrics | None:
+        """The step that was measured last, ``None`` before the first."""
+        return self._lookahead.metrics
+
+    def detach(self) -> None:
+        """Return the parameters to the iterate and remove all hooks. The state stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._lookahead.detach()
+
+
+def attach_ema_nesterov(
+    optimizer: Optimizer,
+    module: nn.Module,
+    *,
+    lookahead_step_size: float = 0.5,
+    ema_decay: float = 0.99,
+    warmup: int | float = 0,
+    rest: int | float = 0,
+    total_steps: int | None = None,
+    scale_with_lr: bool = True,
+) -> EMANesterovHandle:
+    r"""Train with EMA-Nesterov in a loop of your own.
+
+    The parameters move to the lookahead point just before a training forward pass of ``module`` and
+    hold the iterate again after the optimizer's step. In the middle of an accumulation window they
+    return to the iterate for a forward pass in evaluation mode or without gradients, and when
+    ``module.state_dict()`` is called, until the next training forward pass.
+
+    Args:
+        optimizer: The optimizer, as ``torch.optim`` or ``Fabric.setup`` gives it.
+        module: The outermost module that is called in training: after ``Fabric.setup``, DDP, FSDP,
+            ``fully_shard`` and ``torch.compile``.
+        lookahead_step_size: Peak step size :math:`\beta`, in [0, 1).
+        ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
+        warmup: First steps without lookahead. ``int``: optimizer steps, at least 0. ``float``:
+            fraction of ``total_steps``, in [0, 1].
+        rest: Last steps without lookahead, given like ``warmup``; needs ``total_steps``.
+        total_steps: Optimizer steps of the run, at least 1.
+        scale_with_lr: Whether :math:`\beta_t` follows the learning rate over its maximum.
+
+    Returns:
+        A handle with ``detach()``.
+
+    Raises:
+        TypeError: If ``optimizer`` is not a ``torch.optim.Optimizer``.
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> handle = attach_ema_nesterov(optimizer, model, warmup=100)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(4, 2)).square().mean().backward()
+        ...     optimizer.step()
+        >>> handle.detach()
+    """
+    schedule = LookaheadSchedule(
+        lookahead_step_size,
+        warmup=warmup,
+        rest=rest,
+        total_steps=total_steps,
+        scale_with_lr=scale_with_lr,
+    )
+    base_optimizer = getattr(optimizer, "optimizer", optimizer)  # Fabric wraps it
+    lookahead = Lookahead(base_optimizer, schedule, ema_decay=ema_decay, module=module).attach()
+
+    def before_forward(module: nn.Module, args: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            lookahead.extrapolate()
+        else:
+            lookahead.pause()
+
+    def before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        lookahead.pause()
+
+    # Fabric calls a method like `training_step` on the module that it wraps, not on its wrapper.
+    modules = {module, getattr(module, "_forward_module", module)}
+    # FSDP2 gathers parameters in a pre-hook of its own, and this one has to come first.
+    handles = [m.register_forward_pre_hook(before_forward, prepend=True) for m in modules]
+    handles += [m.register_state_dict_pre_hook(before_state_dict) for m in modules]
+    return EMANesterovHandle(lookahead, handles)
