@@ -60,7 +60,16 @@ class StepHooks:
         return None
 
     def _then_begin(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        versions = self._versions()
+
         def closure_then_begin() -> Any:
+            if not self._has_begun and self._versions() != versions:
+                self.reset()
+                raise RuntimeError(
+                    f"{type(self.base_optimizer).__qualname__}.step() must not change parameters "
+                    "before it calls its closure. EMA-Nesterov does not support optimizers that "
+                    "take gradients at a point of their own, like SAM."
+                )
             self.is_in_closure = True
             try:
                 loss = closure()
@@ -73,6 +82,10 @@ class StepHooks:
             return loss
 
         return closure_then_begin
+
+    def _versions(self) -> list[int]:
+        groups = self.base_optimizer.param_groups
+        return [p._version for group in groups for p in group["params"]]
 
     def _begin_once(self) -> None:
         if not self._has_begun:

@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback
 from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.checkpoint import FileSystemReader
 from torch.optim.lr_scheduler import CyclicLR
@@ -42,7 +44,8 @@ def check_trainer(trainer: Trainer) -> None:
     """Raise where EMA-Nesterov cannot work.
 
     Raises:
-        MisconfigurationException: For DeepSpeed and XLA, and without an optimizer.
+        MisconfigurationException: For DeepSpeed and XLA, without an optimizer, and for FSDP where
+            no checkpoint could be saved.
     """
     strategy = type(trainer.strategy).__name__
     if "DeepSpeed" in strategy or "XLA" in strategy:
@@ -53,6 +56,25 @@ def check_trainer(trainer: Trainer) -> None:
     if not trainer.optimizers or isinstance(trainer.optimizers[0], _MockOptimizer):
         raise MisconfigurationException(
             "EMANesterov needs an optimizer, and configure_optimizers() returned none."
+        )
+    if isinstance(trainer.strategy, FSDPStrategy):
+        _check_fsdp(trainer, trainer.strategy)
+
+
+def _check_fsdp(trainer: Trainer, strategy: FSDPStrategy) -> None:
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    params = [p for group in groups for p in group["params"]]
+    narrow = [p.dtype for p in params if torch.promote_types(p.dtype, torch.float32) != p.dtype]
+    if strategy.kwargs.get("use_orig_params") and narrow:
+        raise MisconfigurationException(
+            f"EMANesterov keeps a float32 direction, and {len(narrow)} of {len(params)} parameters "
+            f"are {narrow[0]}: FSDP with use_orig_params=True saves states of one dtype only. "
+            "For checkpoints, use precision='bf16-mixed' or use_orig_params=False."
+        )
+    if strategy._state_dict_type == "full" and strategy.root_device.type == "cpu":
+        raise MisconfigurationException(
+            "FSDP with state_dict_type='full' crashes the process on a CPU when it saves, with or "
+            "without EMANesterov. Use state_dict_type='sharded'."
         )
 
 

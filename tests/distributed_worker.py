@@ -11,18 +11,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from toys import make_trainer
 from typing_extensions import override
 
-from lightning_ema_nesterov import EMANesterov
+from lightning_ema_nesterov import EMANesterov, attach_ema_nesterov
 from lightning_ema_nesterov.direction import DIRECTION_KEY
 from lightning_ema_nesterov.sharding import Sharding
 
@@ -40,9 +49,15 @@ class Tokens(Dataset[Tensor]):
 
     def __getitem__(self, idx: int) -> Tensor:
         """This process's share of a global batch."""
-        rank = int(os.environ.get("RANK", "0"))
-        share = GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", "1"))
-        return self.tokens[idx, rank * share : (rank + 1) * share]
+        return self.share(idx, int(os.environ.get("RANK", "0")), world_size())
+
+    def share(self, idx: int, rank: int, num_shares: int) -> Tensor:
+        size = GLOBAL_BATCH // num_shares
+        return self.tokens[idx, rank * size : (rank + 1) * size]
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Block(nn.Module):
@@ -77,7 +92,10 @@ class Model(LightningModule):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens[:, :-1]) * self.scale
         for block in self.blocks:
-            x = block(x)
+            if self.options.get("activation_checkpointing"):
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         logits = self.head(x)
         return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
@@ -142,7 +160,7 @@ def make_strategy(options: dict[str, Any]) -> Strategy | str:
         )
     if options["strategy"] == "fsdp2":
         return ModelParallelStrategy(
-            data_parallel_size=int(os.environ["WORLD_SIZE"]),
+            data_parallel_size=world_size(),
             tensor_parallel_size=1,
             save_distributed_checkpoint=options.get("distributed_checkpoint", True),
         )
@@ -204,7 +222,96 @@ class CountsCommunication(EMANesterov):
         return counted
 
 
+class Measures(CountsCommunication):
+    """Measures every step."""
+
+    metrics: list[dict[str, float]] = []  # noqa: RUF012
+
+    @override
+    def on_before_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._lookaheads[0].will_measure = True
+
+    @override
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._lookaheads[0].metrics is not None:
+            self.metrics.append(vars(self._lookaheads[0].metrics))
+            self._lookaheads[0].metrics = None
+
+
+def wrap(model: Model, options: dict[str, Any]) -> tuple[nn.Module, int, int]:
+    """Return the module to call, and which share of the batch it gets."""
+    kind, rank = options["attach"], int(os.environ.get("RANK", "0"))
+    if kind == "ddp":
+        return DistributedDataParallel(model), rank, world_size()
+    if kind == "fsdp1":
+        wrapped = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            sharding_strategy=ShardingStrategy[options.get("sharding", "FULL_SHARD")],
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
+        return wrapped, rank, world_size()
+    if kind == "fsdp2":
+        mesh = init_device_mesh("cpu", (world_size(),))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model, rank, world_size()
+    # Two dimensions: the MLPs are split over the second, everything over the first.
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for block in model.blocks:
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(block, mesh["tensor"], plan)
+        fully_shard(block, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    return model, rank // 2, 2
+
+
+def run_attached(options: dict[str, Any]) -> dict[str, Any]:
+    """A loop in plain PyTorch, with evaluations inside and between accumulation windows."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    accumulate = options.get("accumulate", 1)
+    model = Model({"strategy": "attached", **options})
+    module, rank, num_shares = wrap(model, options)
+    # A foreach kernel takes the tensors of one mesh only.
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, foreach=False)
+    called = torch.compile(module, backend="eager") if options.get("compile") else module
+    if not options.get("plain"):
+        attach_ema_nesterov(optimizer, called, ema_decay=0.9, warmup=1, rest=1, total_steps=8)
+    data = Tokens(2 * accumulate)
+    for idx in range(8 * accumulate):
+        batch = data.share(idx % len(data), rank, num_shares)
+        is_last = idx % accumulate == accumulate - 1
+        no_sync = getattr(module, "no_sync", nullcontext)
+        with nullcontext() if is_last else no_sync():
+            (called(batch) / accumulate).backward()
+        if is_last and options.get("evaluate_after_step"):
+            optimizer.step()
+            optimizer.zero_grad()
+        called.eval()
+        with torch.no_grad():
+            called(batch)
+        called.train()
+        if is_last and not options.get("evaluate_after_step"):
+            optimizer.step()
+            optimizer.zero_grad()
+    Sharding(module, optimizer).reshard()
+    if options["attach"] == "fsdp1":
+        with FullyShardedDataParallel.summon_full_params(module):
+            named = {
+                n.replace("_fsdp_wrapped_module.", ""): p for n, p in module.named_parameters()
+            }
+            weights = {f"weight.{name}": p.detach().clone() for name, p in named.items()}
+    else:
+        weights = {f"weight.{n}": full(p.detach()).clone() for n, p in model.named_parameters()}
+    return {"tensors": weights}
+
+
 def run(options: dict[str, Any]) -> dict[str, Any]:
+    if "attach" in options:
+        return run_attached(options)
     reshard = Sharding.reshard
     if options.get("never_reshard"):
         Sharding.reshard = lambda self: None  # type: ignore[method-assign]
@@ -212,13 +319,15 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     accumulate = options.get("accumulate", 1)
     num_steps = options.get("num_steps", 8)
     model = Model(options)
-    kind = CountsCommunication if options.get("count") else EMANesterov
+    kind = Measures if options.get("measure") else EMANesterov
+    kind = CountsCommunication if options.get("count") else kind
+    Measures.metrics = []
     callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, rest=1, total_steps=8)
     trainer = make_trainer(
         [] if options.get("plain") else [callback],
         max_epochs=num_steps // 2,
         strategy=make_strategy(options),
-        devices=int(os.environ.get("WORLD_SIZE", "1")),
+        devices=world_size(),
         accumulate_grad_batches=accumulate,
         precision=options.get("precision", "32-true"),
         val_check_interval=options.get("val_check_interval", 1.0),
@@ -238,6 +347,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     }
     if options.get("count"):
         result["counts"] = CountsCommunication.counts
+    if options.get("measure"):
+        result["metrics"] = Measures.metrics
     assert options.get("plain") or any(DIRECTION_KEY in key for key in result["tensors"])
     return result
 
@@ -248,7 +359,12 @@ def main() -> None:
     folder = Path(sys.argv[1])
     for options in json.loads((folder / sys.argv[2]).read_text()):
         name = options["name"]
-        result = run(options)
+        try:
+            result = run(options)
+        except MisconfigurationException as error:
+            if not options.get("may_fail"):
+                raise
+            result = {"error": str(error)}
         if os.environ.get("RANK", "0") == "0":
             torch.save(result, folder / f"{name}.pt")
         if dist.is_initialized():

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_ema_nesterov.direction import DIRECTION_KEY
+
 WORKER = Path(__file__).parent / "distributed_worker.py"
 Result = dict[str, Any]
 
@@ -141,6 +143,52 @@ def test_without_resharding_the_run_differs(folder: Path, one_process: dict[str,
         assert difference(result, one_process["one-adamw"], "weight") > 1e-3
 
 
+ATTACHED: dict[str, dict[str, Any]] = {
+    "ddp": {"attach": "ddp"},
+    "fsdp1": {"attach": "fsdp1"},
+    "fsdp1-grad-op": {"attach": "fsdp1", "sharding": "SHARD_GRAD_OP"},
+    "fsdp2": {"attach": "fsdp2"},
+}
+
+
+def test_attached_to_a_loop_of_ones_own(folder: Path, one_process: dict[str, Result]) -> None:
+    """Evaluation after every micro-batch; no_sync in the windows where there is one."""
+    configs: list[dict[str, Any]] = []
+    for name, options in ATTACHED.items():
+        configs.append({"name": f"attached-{name}", **options})
+        configs.append({"name": f"attached-{name}-accumulate", "accumulate": 2, **options})
+        # torch.compile fails for FSDP1 in evaluation while it holds gradients, with or without us.
+        compiled = {"compile": True, "evaluate_after_step": True, **options}
+        configs.append({"name": f"attached-{name}-compile", **compiled})
+        configs.append({"name": f"attached-{name}-ac", "activation_checkpointing": True, **options})
+    for name, result in launch(folder, 2, configs).items():
+        kind = "accumulate" if name.endswith("accumulate") else "adamw"
+        assert difference(result, one_process[f"one-{kind}"], "weight") < 1e-5, name
+
+
+def test_two_dimensional_mesh_of_data_and_tensor_parallelism(
+    folder: Path, one_process: dict[str, Result]
+) -> None:
+    configs: list[dict[str, Any]] = [
+        {"name": "attached-tp", "attach": "tp"},
+        {"name": "attached-tp-accumulate", "attach": "tp", "accumulate": 2},
+    ]
+    results = launch(folder, 4, configs)
+    for name, kind in (("attached-tp", "adamw"), ("attached-tp-accumulate", "accumulate")):
+        assert difference(results[name], one_process[f"one-{kind}"], "weight") < 1e-5
+
+
+def test_logged_norms_are_those_of_the_whole_model(folder: Path) -> None:
+    one = launch(folder, 1, [{"name": "one-measured", "strategy": "one", "measure": True}])
+    configs = [{"name": f"m-{name}", "measure": True, **STRATEGIES[name]} for name in STRATEGIES]
+    for name, result in launch(folder, 2, configs).items():
+        assert len(result["metrics"]) == 8
+        pairs = zip(result["metrics"], one["one-measured"]["metrics"], strict=True)
+        for measured, expected in pairs:
+            assert measured == pytest.approx(expected, rel=1e-3, abs=1e-6), name
+    assert one["one-measured"]["metrics"][-1]["alignment"] > 0.1
+
+
 @pytest.fixture(scope="module")
 def saved(folder: Path) -> dict[str, Result]:
     """Runs of 8 steps, and runs that save after 4, with the method and without."""
@@ -182,6 +230,35 @@ def resume(folder: Path, num_processes: int) -> dict[str, Result]:
             }
         )
     return launch(folder, num_processes, configs)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_resume_in_low_precision_is_bitwise(precision: str, folder: Path) -> None:
+    configs: list[dict[str, Any]] = []
+    for name in ("ddp", "fsdp1-flat", "fsdp2", "fsdp2-full"):
+        tag = f"{precision}-{name}"
+        common = {"precision": precision, **CHECKPOINTS[name]}
+        path = str(folder / tag)
+        configs.append({"name": f"whole-{tag}", **common})
+        configs.append({"name": f"saved-{tag}", "num_steps": 4, "save": path, **common})
+        configs.append({"name": f"on-{tag}", "load": path, **common})
+    results = launch(folder, 2, configs)
+    for name in ("ddp", "fsdp1-flat", "fsdp2", "fsdp2-full"):
+        whole = results[f"whole-{precision}-{name}"]
+        assert difference(results[f"on-{precision}-{name}"], whole) == 0.0, name
+        assert difference(results[f"saved-{precision}-{name}"], whole, "weight") > 1e-3
+        dtypes = {t.dtype for key, t in whole["tensors"].items() if DIRECTION_KEY in key}
+        assert dtypes == {torch.float32}
+
+
+def test_what_cannot_be_saved_is_refused_before_training(folder: Path) -> None:
+    configs: list[dict[str, Any]] = [
+        {"name": "bf16", "strategy": "fsdp1", "precision": "bf16-true", "may_fail": True},
+        {"name": "full", "strategy": "fsdp1", "state_dict_type": "full", "may_fail": True},
+    ]
+    results = launch(folder, 2, configs)
+    assert "use precision='bf16-mixed' or use_orig_params=False" in results["bf16"]["error"]
+    assert "state_dict_type='sharded'" in results["full"]["error"]
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])

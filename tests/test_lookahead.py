@@ -337,6 +337,22 @@ def test_optimizer_that_ignores_its_closure_is_refused() -> None:
         optimizer.step(lambda: None)
 
 
+def test_optimizer_that_moves_before_its_closure_is_refused() -> None:
+    class Sharpness(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            assert closure is not None
+            for p in self.param_groups[0]["params"]:
+                p.add_(0.01)
+            return closure()
+
+    params = start()
+    optimizer = Sharpness(params, lr=0.1)
+    attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"does not support optimizers .* like SAM"):
+        optimizer.step(lambda: None)
+
+
 def test_exception_in_the_closure_leaves_y_to_be_retracted() -> None:
     params = start()
     optimizer = adamw(params)
@@ -527,6 +543,53 @@ def test_detach_returns_to_the_iterate_and_removes_the_hooks() -> None:
         optimizer._optimizer_load_state_dict_post_hooks,
     ]
     assert not any(hooks)
+
+
+@pytest.mark.parametrize("ema_decay", [0.9, 0.99])
+@pytest.mark.parametrize("make_optimizer", [sgd, adamw])
+def test_bfloat16_parameters_are_followed_better_than_with_two_bfloat16_buffers(
+    make_optimizer: MakeOptimizer, ema_decay: float
+) -> None:
+    """Updates near one unit in the last place of the parameters, against the float64 recursion."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random() -> Tensor:
+        return torch.randn(5000, generator=generator, dtype=torch.float64)
+
+    x_0 = (0.2 * random()).bfloat16()
+    drift = random()
+    noisy = [0.02 * (drift + random()) for _ in range(300)]
+
+    def make(params: Iterable[Tensor]) -> Optimizer:
+        optimizer = make_optimizer(params)
+        optimizer.param_groups[0]["lr"] *= 0.1
+        return optimizer
+
+    results = [
+        reference.train(
+            [x_0],
+            lambda _, step_idx: [noisy[step_idx]],
+            make,
+            num_steps=300,
+            ema_decay=ema_decay,
+            step_size=lambda _: 0.5,
+            dtype=dtype,
+        )
+        for dtype in (torch.float64, torch.bfloat16)
+    ]
+    (exact, exact_m), (two_buffers, two_buffers_m) = results
+    p = nn.Parameter(x_0.clone())
+    lookahead = attach(make([p]), ema_decay=ema_decay)
+    for gradient in noisy:
+        lookahead.extrapolate()
+        p.grad = gradient.bfloat16()
+        lookahead.base_optimizer.step()
+    ours = relative_error([direction(lookahead, p)], exact_m)
+    theirs = relative_error(two_buffers_m, exact_m)
+    assert ours < theirs
+    moved = exact[-1][0] - x_0.double()
+    errors = [(x.double() - exact[-1][0]).norm() for x in (p.detach(), two_buffers[-1][0])]
+    assert errors[0] <= errors[1] < 2 * moved.norm()
 
 
 def test_metrics_of_a_step_match_the_definition() -> None:
