@@ -172,11 +172,11 @@ class Lookahead:
         if self.stage is not Stage.ITERATE:
             return
         self.stage = Stage.LOOKAHEAD
-        self.sharding.reshard()
         for group in self.base_optimizer.param_groups:
             step_size = self.schedule.step_size(self.step_idx, follow_lr(group))
             params = [p for p in group["params"] if p.requires_grad and self.directions.has(p)]
             if step_size and params:
+                self.sharding.reshard()
                 directions = local(self.directions.of(params))
                 extrapolate_(local(params), directions, step_size=step_size)
                 self._step_sizes.update(dict.fromkeys(params, step_size))
@@ -187,6 +187,8 @@ class Lookahead:
         After an exception inside the base optimizer's step, parameters that it changed count as
         stepped, the others go back.
         """
+        if self.stage is Stage.ITERATE:
+            return
         if self.stage is not Stage.PAUSED:
             self._restore_iterate()
         self._hooks.reset()

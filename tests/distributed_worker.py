@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -54,6 +56,17 @@ class Tokens(Dataset[Tensor]):
     def share(self, idx: int, rank: int, num_shares: int) -> Tensor:
         size = GLOBAL_BATCH // num_shares
         return self.tokens[idx, rank * size : (rank + 1) * size]
+
+
+def fail(fault: str) -> None:
+    """Have a process die, raise, or be asked to end."""
+    is_last = int(os.environ.get("RANK", "0")) == world_size() - 1
+    if fault == "kill" and is_last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "raise" and is_last:
+        raise ZeroDivisionError("on purpose")
+    if fault == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def world_size() -> int:
@@ -101,6 +114,8 @@ class Model(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss: Tensor = self(batch)
+        if self.options.get("fault") and len(self.losses) == self.options["fault_batch"]:
+            fail(self.options["fault"])
         self.losses.append(loss.item())
         return loss
 
@@ -323,8 +338,19 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     kind = CountsCommunication if options.get("count") else kind
     Measures.metrics = []
     callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, rest=1, total_steps=8)
+    callbacks: list[Callback] = [] if options.get("plain") else [callback]
+    if options.get("checkpoints"):
+        callbacks.append(
+            ModelCheckpoint(
+                options["checkpoints"],
+                "{step}",
+                save_top_k=-1,
+                save_on_exception=options.get("fault") == "terminate",
+            )
+        )
     trainer = make_trainer(
-        [] if options.get("plain") else [callback],
+        callbacks,
+        enable_checkpointing="checkpoints" in options,
         max_epochs=num_steps // 2,
         strategy=make_strategy(options),
         devices=world_size(),

@@ -38,11 +38,19 @@ BASES = ("adamw", "sgd", "momentum")
 
 def launch(folder: Path, num_processes: int, configs: list[dict[str, Any]]) -> dict[str, Result]:
     """Run configurations one after another in the same processes."""
+    result = start(folder, num_processes, configs)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return {c["name"]: torch.load(folder / f"{c['name']}.pt", weights_only=False) for c in configs}
+
+
+def start(
+    folder: Path, num_processes: int, configs: list[dict[str, Any]]
+) -> subprocess.CompletedProcess[str]:
     file = folder / f"{configs[0]['name']}-{num_processes}.json"
     file.write_text(json.dumps(configs))
-    start = [sys.executable]
+    command = [sys.executable]
     if num_processes > 1:
-        start += [
+        command += [
             "-m",
             "torch.distributed.run",
             "--standalone",
@@ -55,16 +63,14 @@ def launch(folder: Path, num_processes: int, configs: list[dict[str, Any]]) -> d
             [str(WORKER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         ),
     }
-    result = subprocess.run(
-        [*start, str(WORKER), str(folder), file.name],
+    return subprocess.run(
+        [*command, str(WORKER), str(folder), file.name],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return {c["name"]: torch.load(folder / f"{c['name']}.pt", weights_only=False) for c in configs}
 
 
 def difference(result: Result, expected: Result, prefix: str = "") -> float:
@@ -259,6 +265,51 @@ def test_what_cannot_be_saved_is_refused_before_training(folder: Path) -> None:
     results = launch(folder, 2, configs)
     assert "use precision='bf16-mixed' or use_orig_params=False" in results["bf16"]["error"]
     assert "state_dict_type='sharded'" in results["full"]["error"]
+
+
+@pytest.mark.parametrize("fault", ["kill", "raise", "terminate"])
+def test_run_that_a_fault_ended_continues_bitwise(
+    fault: str, folder: Path, saved: dict[str, Result]
+) -> None:
+    """One process dies or raises, or all are told to end, in the sixth step."""
+    for name in ("ddp", "fsdp2"):
+        checkpoints = folder / f"{fault}-{name}"
+        options = {"checkpoints": str(checkpoints), **CHECKPOINTS[name]}
+        faulty = {"name": f"{fault}-{name}", "fault": fault, "fault_batch": 5, **options}
+        result = start(folder, 2, [faulty])
+        assert (result.returncode != 0) == (fault != "terminate")  # SIGTERM is a clean exit
+        assert not (folder / f"{fault}-{name}.pt").exists()
+        path = checkpoints / "step=4.ckpt"
+        resumed = launch(
+            folder, 2, [{"name": f"{fault}-{name}-resumed", "load": str(path), **CHECKPOINTS[name]}]
+        )
+        whole = saved[f"whole-{name}-adamw"]
+        assert difference(resumed[f"{fault}-{name}-resumed"], whole) == 0.0
+
+
+def test_processes_that_are_told_to_end_in_a_window_save_the_iterate(folder: Path) -> None:
+    checkpoints = folder / "terminated"
+    common: dict[str, Any] = {"strategy": "ddp", "accumulate": 4}
+    stopped = {"name": "stopped", "fault": "terminate", "fault_batch": 9, **common}
+    start(folder, 2, [{"checkpoints": str(checkpoints), **stopped}])
+    assert not (folder / "stopped.pt").exists()
+    whole = launch(folder, 2, [{"name": "two-steps", "num_steps": 2, **common}])["two-steps"]
+    [path] = checkpoints.glob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=False)
+    assert checkpoint["global_step"] == 2
+    for name, weight in checkpoint["state_dict"].items():
+        # x comes back from y, up to one unit in the last place
+        expected = whole["tensors"].get(f"weight.{name}", weight)
+        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-8)
+    assert any("exp_avg" in state for state in checkpoint["optimizer_states"][0]["state"].values())
+
+
+def test_truncated_checkpoint_is_refused(folder: Path, saved: dict[str, Result]) -> None:
+    path = folder / "truncated.ckpt"
+    path.write_bytes((folder / "ddp-adamw").read_bytes()[:-1000])
+    result = start(folder, 1, [{"name": "truncated", "strategy": "one", "load": str(path)}])
+    assert result.returncode != 0
+    assert not (folder / "truncated.pt").exists()
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
