@@ -88,9 +88,23 @@ class EMADirections:
         previous += [None] * len(new)
         return Fold(params, buffers, step_size, [p._version for p in params], previous)
 
-    def finish(self, fold: Fold) -> None:
+    def finish(self, folds: list[Fold]) -> None:
         """End the update, right after the base optimizer's step."""
-        self._finish(fold.params, fold.buffers)
+        for fold in folds:
+            self._finish(fold.params, fold.buffers)
+        self._complete()
+
+    def _complete(self) -> None:
+        # A distributed checkpoint is read into what a step with all gradients leaves. Where the
+        # base optimizer has no state, a parameter without a gradient needs ours.
+        groups = self.base_optimizer.param_groups
+        params = [p for group in groups for p in group["params"] if p.requires_grad]
+        missing = [p for p in params if not self.has(p)]
+        states = self.base_optimizer.state.values()
+        if missing and all(set(state) == {DIRECTION_KEY} for state in states):
+            for p in missing:
+                zero = torch.zeros_like(p, dtype=_dtype_of_direction(p))
+                self.base_optimizer.state[p][DIRECTION_KEY] = zero
 
     def settle(self, fold: Fold) -> list[Tensor]:
         """End an update whose step was interrupted.

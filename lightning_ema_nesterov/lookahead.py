@@ -149,9 +149,8 @@ class Lookahead:
     def detach(self) -> None:
         """Return the parameters to the iterate and remove the hooks. The state stays."""
         self.retract()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        while self._handles:
+            self._handles.pop().remove()
 
     def forget(self) -> None:
         """Detach, and remove from the parameter groups what :meth:`attach` put there."""
@@ -260,8 +259,7 @@ class Lookahead:
         return found_inf is not None and bool(found_inf.item() > 0)
 
     def _end_step(self) -> None:
-        for fold in self._folds:
-            self.directions.finish(fold)
+        self.directions.finish(self._folds)
         if self._is_dry_run:
             for fold in self._folds:
                 torch._foreach_zero_(local(fold.buffers))  # m_0, without the fold's rounding error

@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy as FabricDDPStrategy
+from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -38,11 +43,13 @@ from lightning_ema_nesterov.direction import DIRECTION_KEY
 from lightning_ema_nesterov.sharding import Sharding
 
 GLOBAL_BATCH = 12
+MLP_PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 VOCAB, WIDTH = 13, 10  # 13 rows are divided by neither 2 nor 3 processes
 
 
 class Tokens(Dataset[Tensor]):
-    def __init__(self, num_batches: int) -> None:
+    def __init__(self, num_batches: int, *, is_whole: bool = False) -> None:
+        self.is_whole = is_whole
         generator = torch.Generator().manual_seed(1)
         self.tokens = torch.randint(VOCAB, (num_batches, GLOBAL_BATCH, 6), generator=generator)
 
@@ -50,7 +57,9 @@ class Tokens(Dataset[Tensor]):
         return len(self.tokens)
 
     def __getitem__(self, idx: int) -> Tensor:
-        """This process's share of a global batch."""
+        """This process's share of a global batch; with tensor parallelism all of it."""
+        if self.is_whole:
+            return self.tokens[idx]
         return self.share(idx, int(os.environ.get("RANK", "0")), world_size())
 
     def share(self, idx: int, rank: int, num_shares: int) -> Tensor:
@@ -99,6 +108,11 @@ class Model(LightningModule):
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.head.weight = self.embedding.weight
         self.scale = nn.Parameter(torch.ones(WIDTH))
+        if options.get("unused"):
+            self.unused = nn.Parameter(torch.ones(3, 2))
+        if options.get("optimizer") == "muon":  # it takes matrices only
+            for p in self.parameters():
+                p.requires_grad_(p.ndim == 2)
         self.losses: list[float] = []
         self.comm_counts: list[int] = []
 
@@ -117,7 +131,8 @@ class Model(LightningModule):
         if self.options.get("fault") and len(self.losses) == self.options["fault_batch"]:
             fail(self.options["fault"])
         self.losses.append(loss.item())
-        return loss
+        overflows = len(self.losses) == self.options.get("overflow_batch")
+        return loss * (float("inf") if overflows else 1.0)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self(batch)
@@ -130,6 +145,9 @@ class Model(LightningModule):
         assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
         # By default FSDP2 keeps the root's parameters after a forward pass, and no others.
+        if self.options.get("tensor_parallel"):
+            for block in self.blocks:
+                parallelize_module(block, self.device_mesh["tensor_parallel"], MLP_PLAN)
         chosen = {k: v for k, v in self.options.items() if k == "reshard_after_forward"}
         for block in self.blocks:
             fully_shard(block, mesh=mesh, **chosen)
@@ -138,9 +156,13 @@ class Model(LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         params = list((self.trainer.model or self).parameters())
+        params = [p for p in params if p.requires_grad]
+        # A foreach kernel takes the tensors of one mesh only.
+        foreach = False if self.options.get("tensor_parallel") else None
         return {
-            "adamw": lambda: torch.optim.AdamW(params, lr=1e-2),
+            "adamw": lambda: torch.optim.AdamW(params, lr=1e-2, foreach=foreach),
             "sgd": lambda: torch.optim.SGD(params, lr=5e-2),
+            "muon": lambda: torch.optim.Muon(params, lr=1e-2),
             "momentum": lambda: torch.optim.SGD(params, lr=2e-2, momentum=0.9),
         }[self.options.get("optimizer", "adamw")]()
 
@@ -175,8 +197,8 @@ def make_strategy(options: dict[str, Any]) -> Strategy | str:
         )
     if options["strategy"] == "fsdp2":
         return ModelParallelStrategy(
-            data_parallel_size=world_size(),
-            tensor_parallel_size=1,
+            data_parallel_size=1 if options.get("tensor_parallel") else world_size(),
+            tensor_parallel_size=world_size() if options.get("tensor_parallel") else 1,
             save_distributed_checkpoint=options.get("distributed_checkpoint", True),
         )
     return "auto"
@@ -253,6 +275,38 @@ class Measures(CountsCommunication):
             self._lookaheads[0].metrics = None
 
 
+class RecordsChanges(Callback):
+    """Largest change of a parameter and of a direction from one batch to the next."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[Tensor]] = []
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        optimizer = trainer.optimizers[0]
+        Sharding(trainer.strategy.model, optimizer).reshard()
+        params = optimizer.param_groups[0]["params"]
+        directions = [s[DIRECTION_KEY] for s in optimizer.state.values()]
+        flat = [torch.cat([t.detach().flatten() for t in ts]) for ts in (params, directions)]
+        self.seen.append(flat)
+
+    def changes(self) -> list[list[float]]:
+        pairs = zip(self.seen, self.seen[1:], strict=False)
+        return [[float((b - a).abs().max()) for a, b in zip(*pair, strict=True)] for pair in pairs]
+
+
+def make_plugins(options: dict[str, Any]) -> list[Any]:
+    """Lightning turns 16-mixed into bf16-mixed on a CPU, unless the plugin is given."""
+    if options.get("precision") != "16-mixed":
+        return []
+    if options["strategy"] == "ddp":
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        return [MixedPrecision("16-mixed", "cpu", scaler)]
+    plugin = FSDPPrecision("16-mixed")
+    plugin.scaler = ShardedGradScaler("cpu", init_scale=2.0)
+    return [plugin]
+
+
 def wrap(model: Model, options: dict[str, Any]) -> tuple[nn.Module, int, int]:
     """Return the module to call, and which share of the batch it gets."""
     kind, rank = options["attach"], int(os.environ.get("RANK", "0"))
@@ -276,11 +330,32 @@ def wrap(model: Model, options: dict[str, Any]) -> tuple[nn.Module, int, int]:
     # Two dimensions: the MLPs are split over the second, everything over the first.
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     for block in model.blocks:
-        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-        parallelize_module(block, mesh["tensor"], plan)
+        parallelize_module(block, mesh["tensor"], MLP_PLAN)
         fully_shard(block, mesh=mesh["data"])
     fully_shard(model, mesh=mesh["data"])
     return model, rank // 2, 2
+
+
+def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Shard a model as Fabric asks for it."""
+    assert isinstance(model, Model)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+    return model
+
+
+def set_up_with_fabric(model: Model, kind: str) -> tuple[Any, Any]:
+    strategy = (
+        FabricDDPStrategy()
+        if kind == "fabric-ddp"
+        else FabricModelParallelStrategy(shard_blocks, world_size(), tensor_parallel_size=1)
+    )
+    fabric = Fabric(accelerator="cpu", devices=world_size(), strategy=strategy)
+    fabric.launch()
+    module = fabric.setup_module(model)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    return module, fabric.setup_optimizers(optimizer)
 
 
 def run_attached(options: dict[str, Any]) -> dict[str, Any]:
@@ -289,9 +364,15 @@ def run_attached(options: dict[str, Any]) -> dict[str, Any]:
         dist.init_process_group("gloo")
     accumulate = options.get("accumulate", 1)
     model = Model({"strategy": "attached", **options})
-    module, rank, num_shares = wrap(model, options)
-    # A foreach kernel takes the tensors of one mesh only.
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, foreach=False)
+    module: Any
+    optimizer: Any
+    if options["attach"].startswith("fabric"):
+        module, optimizer = set_up_with_fabric(model, options["attach"])
+        rank, num_shares = dist.get_rank(), world_size()
+    else:
+        module, rank, num_shares = wrap(model, options)
+        # A foreach kernel takes the tensors of one mesh only.
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, foreach=False)
     called = torch.compile(module, backend="eager") if options.get("compile") else module
     if not options.get("plain"):
         attach_ema_nesterov(optimizer, called, ema_decay=0.9, warmup=1, rest=1, total_steps=8)
@@ -324,19 +405,11 @@ def run_attached(options: dict[str, Any]) -> dict[str, Any]:
     return {"tensors": weights}
 
 
-def run(options: dict[str, Any]) -> dict[str, Any]:
-    if "attach" in options:
-        return run_attached(options)
-    reshard = Sharding.reshard
-    if options.get("never_reshard"):
-        Sharding.reshard = lambda self: None  # type: ignore[method-assign]
-    CountsCommunication.counts = []
-    accumulate = options.get("accumulate", 1)
-    num_steps = options.get("num_steps", 8)
-    model = Model(options)
+def make_callbacks(options: dict[str, Any]) -> list[Callback]:
+    """The method in the variant that a test asks for, and what records or saves beside it."""
     kind = Measures if options.get("measure") else EMANesterov
     kind = CountsCommunication if options.get("count") else kind
-    Measures.metrics = []
+    CountsCommunication.counts, Measures.metrics = [], []
     callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, rest=1, total_steps=8)
     callbacks: list[Callback] = [] if options.get("plain") else [callback]
     if options.get("checkpoints"):
@@ -348,35 +421,49 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
                 save_on_exception=options.get("fault") == "terminate",
             )
         )
+    if options.get("overflow_batch"):
+        callbacks.append(RecordsChanges())
+    return callbacks
+
+
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    """Train with the Trainer; return what the test compares."""
+    accumulate = options.get("accumulate", 1)
+    model, callbacks, plugins = Model(options), make_callbacks(options), make_plugins(options)
     trainer = make_trainer(
         callbacks,
         enable_checkpointing="checkpoints" in options,
-        max_epochs=num_steps // 2,
+        max_epochs=options.get("num_steps", 8) // 2,
         strategy=make_strategy(options),
         devices=world_size(),
         accumulate_grad_batches=accumulate,
-        precision=options.get("precision", "32-true"),
+        precision=None if plugins else options.get("precision", "32-true"),
+        plugins=plugins,
         val_check_interval=options.get("val_check_interval", 1.0),
         use_distributed_sampler=False,
     )
     val = DataLoader(Tokens(1), batch_size=None) if options.get("validate") else None
-    train = DataLoader(Tokens(2 * accumulate), batch_size=None)
-    trainer.fit(model, train, val, ckpt_path=options.get("load"))
+    is_whole = options.get("tensor_parallel", False)
+    train = DataLoader(Tokens(2 * accumulate, is_whole=is_whole), batch_size=None)
+    module = torch.compile(model, backend="eager") if options.get("compile") else model
+    reshard = Sharding.reshard
+    if options.get("never_reshard"):
+        Sharding.reshard = lambda self: None  # type: ignore[method-assign]
+    trainer.fit(module, train, val, ckpt_path=options.get("load"))
     Sharding.reshard = reshard  # type: ignore[method-assign]
     if options.get("save"):
         trainer.save_checkpoint(options["save"])
-    result: dict[str, Any] = {"tensors": gather(trainer, model), "losses": model.losses}
-    result["group"] = {
-        key: value
-        for key, value in trainer.optimizers[0].param_groups[0].items()
-        if key.startswith("ema_nesterov")
+    return {
+        "tensors": gather(trainer, model),
+        "group": {
+            key: value
+            for key, value in trainer.optimizers[0].param_groups[0].items()
+            if key.startswith("ema_nesterov")
+        },
+        "counts": CountsCommunication.counts,
+        "metrics": Measures.metrics,
+        "changes": [c.changes() for c in callbacks if isinstance(c, RecordsChanges)],
     }
-    if options.get("count"):
-        result["counts"] = CountsCommunication.counts
-    if options.get("measure"):
-        result["metrics"] = Measures.metrics
-    assert options.get("plain") or any(DIRECTION_KEY in key for key in result["tensors"])
-    return result
 
 
 def main() -> None:
@@ -386,7 +473,7 @@ def main() -> None:
     for options in json.loads((folder / sys.argv[2]).read_text()):
         name = options["name"]
         try:
-            result = run(options)
+            result = run_attached(options) if "attach" in options else run(options)
         except MisconfigurationException as error:
             if not options.get("may_fail"):
                 raise
@@ -395,6 +482,8 @@ def main() -> None:
             torch.save(result, folder / f"{name}.pt")
         if dist.is_initialized():
             dist.barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -238,6 +238,16 @@ def test_parameters_without_gradient_take_no_step() -> None:
     assert torch.equal(unused, torch.ones(3, dtype=torch.float64))
 
 
+def test_unused_parameter_of_a_stateless_optimizer_gets_a_zero_direction() -> None:
+    params, unused = start(), nn.Parameter(torch.ones(3))
+    lookahead = attach(sgd([*params, unused]))
+    lookahead.extrapolate()
+    assert not lookahead.base_optimizer.state
+    train(lookahead, params, 2)
+    assert torch.equal(direction(lookahead, unused), torch.zeros(3))
+    assert torch.equal(unused, torch.ones(3))
+
+
 def test_parameters_added_later_get_a_direction() -> None:
     params = start()
     optimizer = adamw(params[:1])
