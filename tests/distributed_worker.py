@@ -484,6 +484,9 @@ def main() -> None:
             dist.barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # torch's communication threads can abort the interpreter's own way out
 
 
 if __name__ == "__main__":
