@@ -149,6 +149,7 @@ def _make_trainer(settings: Settings, log_dir: Path, callbacks: Sequence[Callbac
         accelerator="cpu",
         devices=1,
         max_steps=settings.num_steps,
+        max_epochs=1,
         val_check_interval=validate_every,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
