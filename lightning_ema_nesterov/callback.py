@@ -15,7 +15,12 @@ from typing_extensions import override
 from lightning_ema_nesterov.direction import DIRECTION_KEY
 from lightning_ema_nesterov.lookahead import Lookahead
 from lightning_ema_nesterov.metrics import tag_suffixes
-from lightning_ema_nesterov.schedule import LookaheadSchedule, check_duration, check_unit_interval
+from lightning_ema_nesterov.schedule import (
+    LookaheadSchedule,
+    check_duration,
+    check_total_steps,
+    check_unit_interval,
+)
 from lightning_ema_nesterov.trainer import (
     check_trainer,
     estimate_total_steps,
@@ -96,8 +101,7 @@ class EMANesterov(Callback):
         check_unit_interval("ema_decay", ema_decay)
         check_duration("warmup", warmup)
         check_duration("rest", rest)
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {total_steps}.")
+        check_total_steps(total_steps)
         self.lookahead_step_size = lookahead_step_size
         self.ema_decay = ema_decay
         self.warmup = warmup

@@ -239,7 +239,7 @@ class Lookahead:
         # torch.distributed.checkpoint makes a base optimizer create its state by a step with
         # gradients and learning rates of zero, outside of training.
         groups = self.base_optimizer.param_groups
-        lrs = [float(group.get("lr", 1.0)) for group in groups]
+        lrs = (float(group.get("lr", 1.0)) for group in groups)  # read outside of training only
         self._is_dry_run = self.stage is Stage.ITERATE and not any(lrs)
         self.resume()
         if self._scaler_skips_step():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -139,8 +139,8 @@ def draw_curves(
     with mpl.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}):
         figure = Figure(figsize=(8.0, 6.4), layout="constrained")
         losses, difference = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    curves: Mapping[str, Sequence[Point]] = dict(zip(labels, (baseline, other), strict=True))
-    for colour, (label, points) in zip(("tab:gray", "tab:blue"), curves.items(), strict=True):
+    curves = zip(("tab:gray", "tab:blue"), labels, (baseline, other), strict=True)
+    for colour, label, points in curves:
         final = points[-1].value
         losses.plot(
             [p.step for p in points],

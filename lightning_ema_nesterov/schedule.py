@@ -55,10 +55,9 @@ class LookaheadSchedule:
         check_unit_interval("lookahead_step_size", self.lookahead_step_size)
         check_duration("warmup", self.warmup)
         check_duration("rest", self.rest)
+        check_total_steps(self.total_steps)
         if self.total_steps is None:
             self._check_endless()
-        elif self.total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}.")
         elif self.warmup_steps + self.rest_steps > self.total_steps:
             raise ValueError(
                 "warmup + rest must not be longer than the run, got "
@@ -182,6 +181,12 @@ def check_duration(name: str, value: int | float) -> None:
             f"{name} must be in [0, 1] as a fraction of the run (a float), got {value}. "
             "Give a number of optimizer steps as an int."
         )
+
+
+def check_total_steps(value: int | None) -> None:
+    """Raise unless a value is a count of steps, or ``None`` for an unknown one."""
+    if value is not None and value < 1:
+        raise ValueError(f"total_steps must be at least 1, got {value}.")
 
 
 def _is_number(value: object) -> bool:

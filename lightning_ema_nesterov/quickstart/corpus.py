@@ -108,13 +108,11 @@ def load_corpus(text: Path | None = None, *, window_size: int) -> Corpus:
     if not root.exists():
         raise FileNotFoundError(f"text must be a file or a folder, and {root} does not exist.")
     if root.is_file():
-        content = root.read_bytes()
-        cut = len(content) - int(len(content) * VALIDATION_SHARE)
-        parts = {root.name: content[:cut]}, {root.name: content[cut:]}
+        contents = {root.name: root.read_bytes()}
     else:
         paths = _stdlib_sources(root) if text is None else _text_files(root)
-        parts = _split({path.relative_to(root).as_posix(): path.read_bytes() for path in paths})
-    train, validation = parts
+        contents = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+    train, validation = _split(contents)
     if not any(train.values()):
         raise ValueError(f"text must hold at least one byte of text, and {root} holds none.")
     corpus = _make_corpus(
