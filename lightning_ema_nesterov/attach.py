@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -99,7 +99,9 @@ def attach_ema_nesterov(
         total_steps=total_steps,
         scale_with_lr=scale_with_lr,
     )
-    base_optimizer = getattr(optimizer, "optimizer", optimizer)  # Fabric wraps it
+    # Fabric's wrapper is not the optimizer; one that holds another as `optimizer` is.
+    is_wrapper = type(optimizer).__module__.endswith("fabric.wrappers")
+    base_optimizer = cast(Any, optimizer).optimizer if is_wrapper else optimizer
     lookahead = Lookahead(base_optimizer, schedule, ema_decay=ema_decay, module=module).attach()
 
     def before_forward(module: nn.Module, args: Any) -> None:

@@ -123,13 +123,13 @@ class EMANesterov(Callback):
         Raises:
             RuntimeError: If the optimizer is not being trained by this callback.
         """
-        base_optimizer = getattr(optimizer, "optimizer", optimizer)  # LightningOptimizer wraps it
+        unwrapped = getattr(optimizer, "optimizer", None)  # LightningOptimizer wraps it
         for lookahead in self._lookaheads:
-            if lookahead.base_optimizer is base_optimizer:
+            if lookahead.base_optimizer in (optimizer, unwrapped):
                 return lookahead.extrapolate()
         raise RuntimeError(
             f"extrapolate() must be called during fit with an optimizer of the module, got "
-            f"{type(base_optimizer).__qualname__} with {len(self._lookaheads)} optimizers attached."
+            f"{type(optimizer).__qualname__} with {len(self._lookaheads)} optimizers attached."
         )
 
     @override

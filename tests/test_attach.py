@@ -116,6 +116,31 @@ def test_fabric_matches_the_reference(method: str, tmp_path: Path) -> None:
     assert not model._forward_pre_hooks
 
 
+def test_optimizer_that_holds_another_is_the_base_optimizer() -> None:
+    """Its step does more than the inner one: a displacement has to contain all of it."""
+
+    class Outer(torch.optim.SGD):
+        def __init__(self, params: list[nn.Parameter]) -> None:
+            super().__init__(params, lr=0.1)
+            self.optimizer = torch.optim.SGD(params, lr=0.1)
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            self.optimizer.step()
+            for p in self.param_groups[0]["params"]:
+                p.mul_(0.9)
+
+    net = Net()
+    optimizer = Outer(list(net.parameters()))
+    attach_ema_nesterov(optimizer, net, ema_decay=0.9)
+    before = snapshot(net)
+    net(Batches(1).data[0]).backward()
+    optimizer.step()
+    for p, x in zip(net.parameters(), before, strict=True):
+        m = optimizer.state[p][DIRECTION_KEY]
+        torch.testing.assert_close(m, 0.1 * (p.detach() - x), rtol=1e-4, atol=1e-7)
+
+
 def test_metrics_are_measured_on_request() -> None:
     net = Net()
     optimizer = sgd(net.parameters())
