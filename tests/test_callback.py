@@ -605,15 +605,18 @@ def test_training_step_that_returns_none_changes_nothing() -> None:
 class Manual(Toy):
     """Two optimizers, stepped in turn as in a GAN, with a closure or without."""
 
-    def __init__(self, *, closure: bool = False, steps: int = 1) -> None:
+    def __init__(
+        self, *, closure: bool = False, steps: int = 1, make_first: MakeOptimizer = sgd
+    ) -> None:
         super().__init__(adamw)
         self.automatic_optimization = False
+        self.make_first = make_first
         self.use_closure = closure
         self.steps = steps
         self.callback: EMANesterov | None = None
 
     def configure_optimizers(self) -> Any:
-        return [sgd(self.hidden.parameters()), adamw(self.out.parameters())]
+        return [self.make_first(self.hidden.parameters()), adamw(self.out.parameters())]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         for optimizer in self.optimizers():
@@ -636,13 +639,18 @@ class Manual(Toy):
                 self.untoggle_optimizer(optimizer)
 
 
-def reference_manual(num_steps: int, repeats: int = 1) -> list[list[Tensor]]:
+def reference_manual(
+    num_steps: int,
+    repeats: int = 1,
+    make_first: MakeOptimizer = sgd,
+    dtype: torch.dtype = torch.float64,
+) -> list[list[Tensor]]:
     """The oracle of :class:`Manual`: both at y at the start, each stepped in its turn."""
     module = Toy(adamw)
-    p = [q.detach().double().requires_grad_() for q in module.parameters()]
+    p = [q.detach().to(dtype).requires_grad_() for q in module.parameters()]
     x = [q.detach().clone() for q in p]
     m = [torch.zeros_like(q) for q in p]
-    optimizers = [sgd([p[0]]), adamw([p[1]])]
+    optimizers = [make_first([p[0]]), adamw([p[1]])]
     trajectory = [[q.clone() for q in x]]
     batches = Batches(num_steps, torch.float64).data
 
@@ -679,6 +687,17 @@ def test_manual_optimization_with_two_optimizers_matches_the_reference(
     for idx, (_, _, params) in enumerate(recorder.seen):
         assert relative_error(params, expected[idx + 1]) < 1e-5
     assert len(recorder.seen) == 20
+
+
+def test_muon_next_to_adamw_matches_the_reference() -> None:
+    module, recorder = Manual(make_first=muon), Recorder("on_train_batch_end")
+    make_trainer([recorder, ema_nesterov()], max_epochs=1).fit(module, loader(20))
+    # Muon orthogonalises in bfloat16: its oracle runs in float32.
+    expected = reference_manual(20, make_first=muon, dtype=torch.float32)
+    for idx, (_, _, params) in enumerate(recorder.seen):
+        assert relative_error(params, expected[idx + 1]) < 1e-4
+    assert len(recorder.seen) == 20
+    assert relative_error(expected[-1], reference_manual(20)[-1]) > 1e-3
 
 
 def test_second_step_without_extrapolate_has_no_lookahead() -> None:

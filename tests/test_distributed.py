@@ -312,6 +312,14 @@ def test_what_cannot_be_saved_is_refused_before_training(folder: Path) -> None:
     assert "state_dict_type='sharded'" in results["full"]["error"]
 
 
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("base", BASES)
+def test_every_base_optimizer_on_two_processes_equals_one(
+    name: str, base: str, one_process: dict[str, Result], saved: dict[str, Result]
+) -> None:
+    assert difference(saved[f"whole-{name}-{base}"], one_process[f"one-{base}"]) < 1e-5
+
+
 @pytest.mark.parametrize("fault", ["kill", "raise", "terminate"])
 def test_run_that_a_fault_ended_continues_bitwise(
     fault: str, folder: Path, saved: dict[str, Result]
@@ -354,6 +362,7 @@ def test_truncated_checkpoint_is_refused(folder: Path, saved: dict[str, Result])
     path.write_bytes((folder / "ddp-adamw").read_bytes()[:-1000])
     result = start(folder, 1, [{"name": "truncated", "strategy": "one", "load": str(path)}])
     assert result.returncode != 0
+    assert "torch/serialization.py" in result.stderr  # reading it is what failed
     assert not (folder / "truncated.pt").exists()
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_ema_nesterov.quickstart.corpus import evenly_spaced, load_corpus, shuffled
 from lightning_ema_nesterov.quickstart.model import ByteLanguageModel, trapezoid
@@ -29,6 +31,14 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+def logged_hyperparameters(log_dir: Path) -> dict[str, float]:
+    accumulator = EventAccumulator(str(log_dir))
+    accumulator.Reload()
+    content = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hyperparameters = HParamsPluginData.FromString(content).session_start_info.hparams
+    return {name: value.number_value for name, value in hyperparameters.items()}
 
 
 def write_text(folder: Path, num_files: int) -> Path:
@@ -150,7 +160,8 @@ def test_quickstart_trains_compares_and_draws(tmp_path: Path) -> None:
     record = json.loads((folder / "results.json").read_text())
     assert record["settings"]["lr"] == 0.01
     assert json.loads((folder / "split.json").read_text())["source"] == str(text)
-    for name in ("adamw", "adamw_ema_nesterov"):
+    for name, step_size in (("adamw", 0.0), ("adamw_ema_nesterov", 0.5)):
+        assert logged_hyperparameters(folder / name)["lookahead_step_size"] == step_size
         losses = read_scalars(folder / name, "val_loss")
         assert losses[-1].step == 40  # the last step is validated
         assert losses[-1].value < losses[0].value

@@ -129,9 +129,11 @@ def _train(
         DataLoader(held_out, batch_size=VALIDATION_BATCH_SIZE),
     )
     trainer.save_checkpoint(log_dir / "final.ckpt")
+    # What the run did: the baseline does not look ahead.
+    step_size = settings.lookahead_step_size if callbacks else 0.0
     for logger in trainer.loggers:
         logger.log_hyperparams(
-            {**asdict(settings), "ema_nesterov": bool(callbacks)},
+            {**asdict(settings), "lookahead_step_size": step_size},
             {"hp/val_loss": trainer.callback_metrics["val_loss"].item()},
         )
         logger.finalize("success")
