@@ -28,6 +28,15 @@ class EMANesterovHandle:
         """Hold the parameters at the iterate inside a ``with`` block, wherever training is."""
         return self._lookahead.at_iterate()
 
+    def extrapolate(self) -> None:
+        """Move to the lookahead point now, as a training forward pass does by itself."""
+        self._lookahead.extrapolate()
+
+    def start_at(self, step_idx: int) -> None:
+        """Set how many steps the run took before, unless a checkpoint that was loaded tells."""
+        if self._lookahead.is_new:
+            self._lookahead.step_idx = step_idx
+
     def measure_next_step(self) -> None:
         """Have the next optimizer step measured, for :attr:`metrics`."""
         self._lookahead.will_measure = True

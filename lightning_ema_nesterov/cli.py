@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 __all__ = ["main", "quickstart"]
 
@@ -37,8 +38,30 @@ def quickstart(
     run_quickstart(settings, out_dir=out_dir, text=text)
 
 
+def pretrain(*, strategy: Literal["ddp", "fsdp2"] = "ddp") -> None:
+    """Run `litgpt pretrain` with DDP or FSDP2 on several devices; it has all of its options.
+
+    Args:
+        strategy: How several devices work together, instead of LitGPT's FSDP1.
+    """
+
+
+def _pretrain(arguments: list[str]) -> None:
+    try:
+        from lightning_ema_nesterov.litgpt.launch import launch
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"ema-nesterov pretrain needs {error.name}: "
+            "pip install 'lightning-ema-nesterov[litgpt]'"
+        )
+    launch(arguments)
+
+
 def main() -> None:
     """Run the command line; an error in the input is one line on standard error."""
+    if sys.argv[1:2] == ["pretrain"]:
+        _pretrain(sys.argv[2:])
+        return
     try:
         from jsonargparse import auto_cli
     except ModuleNotFoundError as error:
@@ -46,7 +69,7 @@ def main() -> None:
             f"ema-nesterov needs {error.name}: pip install 'lightning-ema-nesterov[quickstart]'"
         )
     try:
-        auto_cli({"quickstart": quickstart}, as_positional=False)
+        auto_cli({"quickstart": quickstart, "pretrain": pretrain}, as_positional=False)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"ema-nesterov: {error}")
 

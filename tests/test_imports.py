@@ -28,15 +28,32 @@ LAYERS: dict[str, set[str]] = {
     "attach": {"lookahead", "metrics", "schedule"},
     "trainer": {"schedule"},
     "callback": {"direction", "lookahead", "metrics", "schedule", "trainer"},
+    "litgpt": {"litgpt.data", "litgpt.factory", "litgpt.roles", "litgpt.schedule"},
+    "litgpt.build": set(),
+    "litgpt.data": {"litgpt.windows", "quickstart.corpus"},
+    "litgpt.factory": {"attach", "litgpt.build", "litgpt.run"},
+    "litgpt.launch": {"litgpt.run"},
+    "litgpt.roles": {"litgpt.build", "litgpt.run"},
+    "litgpt.run": set(),
+    "litgpt.schedule": {"litgpt.build", "litgpt.run"},
+    "litgpt.windows": set(),
     "quickstart": set(),
     "quickstart.corpus": set(),
     "quickstart.model": set(),
     "quickstart.experiment": {"callback", "report", "quickstart.corpus", "quickstart.model"},
-    "cli": {"quickstart.experiment"},
+    "cli": {"litgpt.launch", "quickstart.experiment"},
     "": {"attach", "callback", "version"},
 }
-MAY_IMPORT_LIGHTNING = {"callback", "trainer", "quickstart.model", "quickstart.experiment"}
-MAY_IMPORT_LITGPT = {"quickstart.model"}
+MAY_IMPORT_LIGHTNING = {
+    "callback",
+    "litgpt.launch",
+    "litgpt.roles",
+    "litgpt.run",
+    "quickstart.experiment",
+    "quickstart.model",
+    "trainer",
+}
+MAY_IMPORT_LITGPT = {"litgpt.data", "litgpt.launch", "litgpt.run", "quickstart.model"}
 
 
 def name_of(path: Path) -> str:

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-__all__ = ["Corpus", "Windows", "evenly_spaced", "load_corpus", "shuffled"]
+__all__ = ["Corpus", "Windows", "evenly_spaced", "list_files", "load_corpus", "shuffled"]
 
 VALIDATION_SHARE = 0.05
 """Share of the bytes that is held out, at least."""
+
+SECONDS_WITHOUT_PROGRESS = 2.0
+"""After this long a progress bar appears."""
 
 # Tests hold generated tables, and the rest are programs or installers that some systems leave out.
 _SKIPPED_FOLDERS = frozenset(
@@ -104,14 +108,18 @@ def load_corpus(text: Path | None = None, *, window_size: int) -> Corpus:
         FileNotFoundError: If ``text`` does not exist.
         ValueError: If ``text`` holds no text, or too little for one window.
     """
-    root = Path(sysconfig.get_path("stdlib")) if text is None else text
-    if not root.exists():
-        raise FileNotFoundError(f"text must be a file or a folder, and {root} does not exist.")
-    if root.is_file():
-        contents = {root.name: root.read_bytes()}
-    else:
-        paths = _stdlib_sources(root) if text is None else _text_files(root)
-        contents = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+    root, files = list_files(text)
+    contents = {}
+    with tqdm(
+        total=sum(path.stat().st_size for path in files.values()),
+        desc=f"Reading {root}",
+        unit="B",
+        unit_scale=True,
+        delay=SECONDS_WITHOUT_PROGRESS,
+    ) as progress:
+        for name, path in files.items():
+            contents[name] = path.read_bytes()
+            progress.update(len(contents[name]))
     train, validation = _split(contents)
     if not any(train.values()):
         raise ValueError(f"text must hold at least one byte of text, and {root} holds none.")
@@ -125,6 +133,24 @@ def load_corpus(text: Path | None = None, *, window_size: int) -> Corpus:
                 f"{name} part of {root} has {len(data)} bytes. Give a longer text."
             )
     return corpus
+
+
+def list_files(text: Path | None = None) -> tuple[Path, dict[str, Path]]:
+    """Return the file or folder that :func:`load_corpus` reads, and its files by their names.
+
+    Args:
+        text: As for :func:`load_corpus`.
+
+    Raises:
+        FileNotFoundError: If ``text`` does not exist.
+    """
+    root = Path(sysconfig.get_path("stdlib")) if text is None else text
+    if not root.exists():
+        raise FileNotFoundError(f"text must be a file or a folder, and {root} does not exist.")
+    if root.is_file():
+        return root, {root.name: root}
+    paths = _stdlib_sources(root) if text is None else _text_files(root)
+    return root, {path.relative_to(root).as_posix(): path for path in paths}
 
 
 def _stdlib_sources(root: Path) -> Iterator[Path]:

@@ -1,0 +1,129 @@
+"""EMA-Nesterov for LitGPT: the function that ``optimizer.class_path`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from lightning_ema_nesterov.attach import EMANesterovHandle, attach_ema_nesterov
+from lightning_ema_nesterov.litgpt.build import build_optimizer
+from lightning_ema_nesterov.litgpt.run import LitGPTRun, find_module
+
+__all__ = ["ema_nesterov"]
+
+
+def ema_nesterov(
+    params: ParamsT,
+    base: str | dict[str, Any],
+    lookahead_step_size: float = 0.5,
+    ema_decay: float = 0.99,
+    warmup: int | float = 0.1,
+    rest: int | float = 0.15,
+    total_steps: int | None = None,
+    scale_with_lr: bool = True,
+    fused: bool = False,
+) -> Optimizer:
+    r"""Return a base optimizer with EMA-Nesterov attached, for ``optimizer`` in a LitGPT YAML.
+
+    .. code-block:: yaml
+
+        optimizer:
+          class_path: lightning_ema_nesterov.litgpt.ema_nesterov
+          init_args:
+            base: {class_path: torch.optim.AdamW, init_args: {lr: 0.003, betas: [0.9, 0.95]}}
+
+    Training forward passes see the lookahead point, validation and every checkpoint the iterate.
+    Under ``litgpt pretrain``, ``ema_nesterov/*`` is logged beside the training loss.
+
+    Args:
+        params: What LitGPT gives: ``model.parameters()``.
+        base: Name of the base optimizer, or its ``class_path`` and ``init_args``.
+        lookahead_step_size: Peak step size :math:`\beta`, in [0, 1).
+        ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
+        warmup: First steps without lookahead. ``int``: optimizer steps, at least 0. ``float``:
+            fraction of the run, in [0, 1].
+        rest: Last steps without lookahead, given like ``warmup``.
+        total_steps: Optimizer steps of the run. Under ``litgpt pretrain`` they follow from
+            ``train.max_tokens``, which a number here must not contradict.
+        scale_with_lr: Whether :math:`\beta_t` follows the learning rate over its maximum.
+        fused: Passed to the base optimizer; LitGPT sets it on CUDA.
+
+    Returns:
+        The base optimizer itself.
+
+    Raises:
+        TypeError: If ``base`` does not name an optimizer.
+        ValueError: If an argument is out of its range, or contradicts the run.
+    """
+    run = LitGPTRun.find()
+    if run is not None:
+        total_steps = run.check_total_steps(total_steps)
+    module = find_module(params)
+    optimizer = build_optimizer(base, params, key="optimizer.init_args.base", fused=fused)
+
+    def attach(module: nn.Module) -> EMANesterovHandle:
+        handle = attach_ema_nesterov(
+            optimizer,
+            module,
+            lookahead_step_size=lookahead_step_size,
+            ema_decay=ema_decay,
+            warmup=warmup,
+            rest=rest,
+            total_steps=total_steps,
+            scale_with_lr=scale_with_lr,
+        )
+        if run is not None:
+            _follow(run, module, handle)
+        return handle
+
+    if module is None:
+        _attach_at_first_forward(optimizer, attach)
+    else:
+        attach(module)
+    return optimizer
+
+
+def _follow(run: LitGPTRun, module: nn.Module, handle: EMANesterovHandle) -> None:
+    """Keep to LitGPT's count of steps, and log with it."""
+
+    def before_training_forward(state: Mapping[str, int]) -> None:
+        handle.start_at(state["step_count"])
+        if run.is_logged(state):
+            handle.measure_next_step()
+
+    def scalars() -> dict[str, float]:
+        return {} if handle.metrics is None else handle.metrics.as_scalars()
+
+    run.before_training_forward(module, before_training_forward)
+    run.log_with_training(scalars)
+
+
+def _attach_at_first_forward(
+    optimizer: Optimizer, attach: Callable[[nn.Module], EMANesterovHandle]
+) -> None:
+    """Attach to the outermost module that is called in training and owns all parameters."""
+    wanted = {p for group in optimizer.param_groups for p in group["params"]}
+
+    def before_forward(module: nn.Module, args: Any) -> None:
+        if module.training and torch.is_grad_enabled() and wanted.issubset(module.parameters()):
+            for hook in hooks:
+                hook.remove()
+            attach(module).extrapolate()  # this call does not run the hooks that it registers
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        raise RuntimeError(
+            "optimizer.class_path: ema_nesterov found no model that owns the "
+            f"{len(wanted)} parameters it was given, and cannot look ahead. Give it "
+            "model.parameters() of the module that is called in training."
+        )
+
+    hooks = [
+        register_module_forward_pre_hook(before_forward),
+        optimizer.register_step_pre_hook(before_step),
+    ]
