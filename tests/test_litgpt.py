@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from lightning_ema_nesterov.litgpt.schedule import WarmupStableDecay
 Run = Callable[..., Path]
 
 ACCUMULATE, MICRO_BATCH, WINDOW, NUM_STEPS = 2, 4, 16, 20
+COMPILE = torch.compile
+MODULES = {"litgpt": "litgpt", "ema-nesterov": "lightning_ema_nesterov.cli"}
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.1}}
 MUON = {"class_path": "torch.optim.Muon", "init_args": {"lr": 0.02, "weight_decay": 0.0}}
 BY_ROLE = {
@@ -128,15 +131,14 @@ def write_config(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def command(*arguments: str, folder: Path, program: str = "litgpt") -> list[str]:
-    module = {"litgpt": "litgpt", "ema-nesterov": "lightning_ema_nesterov.cli"}[program]
-    return [sys.executable, "-m", module, "pretrain", *arguments]
-
-
 def start(*arguments: str, folder: Path, program: str = "litgpt") -> subprocess.Popen[str]:
     """The stock command in a process of its own, without a compiler."""
+    return start_process([sys.executable, "-m", MODULES[program], "pretrain", *arguments], folder)
+
+
+def start_process(command: list[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(*arguments, folder=folder, program=program),
+        command,
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
         stdout=subprocess.PIPE,
@@ -146,7 +148,10 @@ def start(*arguments: str, folder: Path, program: str = "litgpt") -> subprocess.
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=240)
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
     assert process.returncode == 0, output[-3000:]
     return output
 
@@ -270,12 +275,17 @@ def initial_weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("is_flat", [False, True])
-def test_the_run_matches_the_reference_in_float64(is_flat: bool, run: Run, folder: Path) -> None:
+def test_the_run_matches_the_reference_in_float64(
+    is_flat: bool, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With LitGPT's cosine, and with a flat learning rate and a compiled model."""
     run(
         out_dir="start",
         optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}},
         train={"save_interval": 1, "min_lr": 0.0, "max_tokens": ACCUMULATE * MICRO_BATCH * WINDOW},
     )
+    if is_flat:
+        monkeypatch.setattr(torch, "compile", partial(COMPILE, backend="eager"))
     method = with_lookahead(warmup=3, rest=0.2)
     out = run(optimizer=flat(method, decay=0.25) if is_flat else method)
 
@@ -402,6 +412,24 @@ def test_fsdp2_run_continues_bitwise(folder: Path) -> None:
     finish(start(*arguments, "--resume", "auto", **options))
     assert equal(weights(folder / "out/final"), whole)
     assert scalars(folder / "out", "val_loss") == losses
+
+
+def test_fsdp1_validates_without_a_trace_and_refuses_muon(folder: Path) -> None:
+    """Validation gathers the iterate: training must not go on with what it gathered."""
+    muon = write_config(folder, optimizer=BY_ROLE, devices=2)
+    muon.rename(folder / "muon.yaml")
+    write_config(folder, optimizer=with_lookahead(warmup=2), devices=2)
+    worker = Path(__file__).parent / "litgpt_fsdp1.py"
+    endpoint = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *endpoint]
+    finish(start_process([*launch, str(worker)], folder))
+    quiet, watched = (folder / f"{name}_validation" for name in ("without", "with"))
+    assert len(scalars(watched, "val_loss")) == NUM_STEPS + 1
+    assert scalars(watched, "loss") == scalars(quiet, "loss")
+    sizes = scalars(watched, "ema_nesterov/step_size")
+    assert sum(value > 0 for value in sizes.values()) == 15
+    for rank in range(2):
+        assert "as FSDP1 makes them" in (folder / f"refusal_{rank}.txt").read_text()
 
 
 def test_litgpt_converts_and_generates_from_a_checkpoint(run: Run, folder: Path) -> None:

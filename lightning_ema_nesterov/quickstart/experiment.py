@@ -34,6 +34,9 @@ WINDOW_SIZE = 64
 VALIDATION_BATCH_SIZE = 128
 NUM_VALIDATION_WINDOWS = 640
 NUM_VALIDATIONS = 20
+BASE_RECIPE, TREATED_RECIPE = (
+    f"recipes/quickstart/{name}.yaml" for name in ("base", "ema_nesterov")
+)
 BASELINE, TREATED = "adamw", "adamw_ema_nesterov"
 
 
@@ -189,6 +192,7 @@ def _report(settings: Settings, corpus: Corpus, run_dir: Path) -> None:
     (run_dir / "results.json").write_text(json.dumps(results))
     print(f"\nValidation loss in nats per byte\n\n{_table(comparison)}\n\nCurves: {curves}")
     print(f"Logs: tensorboard --logdir {run_dir}")
+    print(f"With LitGPT: litgpt pretrain --config {BASE_RECIPE} --config {TREATED_RECIPE}")
 
 
 def _table(result: Comparison) -> str:

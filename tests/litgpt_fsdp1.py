@@ -1,0 +1,56 @@
+"""LitGPT on two CPU processes with FSDP1, the strategy that it uses on several GPUs.
+
+Run by torchrun from test_litgpt.py, in the folder of its run: all cases in the same processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.strategies.fsdp import FSDPStrategy
+from litgpt import pretrain
+from litgpt.utils import CLI
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from typing_extensions import override
+
+
+class CPUFSDPStrategy(FSDPStrategy):
+    """Lightning passes no device to FSDP on a CPU, where only sharded checkpoints can be saved."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        options = {**kwargs, "state_dict_type": "sharded", "sharding_strategy": "FULL_SHARD"}
+        super().__init__(**options)
+
+    @override
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(
+            module,
+            sharding_strategy=self.sharding_strategy,
+            mixed_precision=self.mixed_precision_config,
+            device_id=torch.device("cpu"),
+            **self._fsdp_kwargs,
+        )
+
+    @override
+    def module_sharded_context(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def train(config: str, *arguments: str) -> None:
+    sys.argv = ["litgpt", "--config", config, *arguments]
+    CLI(pretrain.setup)
+
+
+if __name__ == "__main__":
+    pretrain.FSDPStrategy = CPUFSDPStrategy
+    train("config.yaml", "--out_dir", "with_validation", "--eval.interval", "1")
+    train("config.yaml", "--out_dir", "without_validation", "--eval.interval", "1000")
+    try:
+        train("muon.yaml")
+    except RuntimeError as error:
+        Path(f"refusal_{torch.distributed.get_rank()}.txt").write_text(str(error))
