@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["main", "quickstart"]
+__all__ = ["benchmark", "main", "pretrain", "quickstart"]
 
 
 def quickstart(
@@ -36,6 +36,31 @@ def quickstart(
 
     settings = Settings(num_steps, seed, lr, lookahead_step_size, ema_decay, batch_size)
     run_quickstart(settings, out_dir=out_dir, text=text)
+
+
+def benchmark(
+    *,
+    num_elements: list[int] = [10**6, 10**7, 10**8],  # noqa: B006  # jsonargparse shows it
+    num_tensors: list[int] = [10, 100, 2000],  # noqa: B006
+    num_rounds: int = 15,
+    num_threads: int = 1,
+    device: str = "cpu",
+    out: Path = Path("out/benchmark.json"),
+) -> None:
+    """Measure what the method costs, against a straightforward form, a plain copy and AdamW.
+
+    Args:
+        num_elements: Elements of all parameters together.
+        num_tensors: Parameters that they are split into; each number with each of num_elements.
+        num_rounds: Interleaved rounds, of which the medians are taken, at least 1.
+        num_threads: Threads of torch on a CPU, at least 1.
+        device: As torch names it.
+        out: JSON file for the figures.
+    """
+    from lightning_ema_nesterov.benchmark import run_benchmark
+
+    sizes = [(elements, tensors) for elements in num_elements for tensors in num_tensors]
+    run_benchmark(sizes, num_rounds=num_rounds, num_threads=num_threads, device=device, out=out)
 
 
 def pretrain(*, strategy: Literal["ddp", "fsdp2"] = "ddp") -> None:
@@ -69,7 +94,10 @@ def main() -> None:
             f"ema-nesterov needs {error.name}: pip install 'lightning-ema-nesterov[quickstart]'"
         )
     try:
-        auto_cli({"quickstart": quickstart, "pretrain": pretrain}, as_positional=False)
+        auto_cli(
+            {"quickstart": quickstart, "pretrain": pretrain, "benchmark": benchmark},
+            as_positional=False,
+        )
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"ema-nesterov: {error}")
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 __all__ = ["begin_update_", "cancel_update_", "extrapolate_", "finish_update_", "retract_"]
 
@@ -107,9 +108,37 @@ def begin_update_(
         [tensor([-1.2500])]
     """
     _check_lengths(ema_directions, lookaheads)
-    if ema_directions:
+    if all(map(_can_be_fused, ema_directions, lookaheads)):
+        _begin_in_one_pass(ema_directions, lookaheads, ema_decay, step_size)
+    else:
         torch._foreach_mul_(ema_directions, fold_decay(ema_decay, step_size))
         torch._foreach_add_(ema_directions, lookaheads, alpha=ema_decay - 1.0)  # they hold b
+
+
+def _can_be_fused(m: Tensor, y: Tensor) -> bool:
+    # The kernel takes real numbers and goes through both memories as they lie.
+    return m.is_floating_point() and m.dtype == y.dtype and m.stride() == y.stride()
+
+
+def _begin_in_one_pass(
+    ema_directions: list[Tensor], lookaheads: list[Tensor], ema_decay: float, step_size: float
+) -> None:
+    # gamma + (1 - gamma) beta = 1 - (1 - gamma)(1 - beta), so
+    #   b = m - (1 - gamma) (y + (1 - beta) m),
+    # a step of SGD from m with the gradient y, the learning rate 1 - gamma and the weight decay
+    # 1 - beta. Its fused kernel reads and writes m once.
+    sgd(
+        ema_directions,
+        lookaheads,
+        [None] * len(lookaheads),
+        fused=True,
+        lr=1.0 - ema_decay,
+        weight_decay=1.0 - step_size,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )  # they hold b
 
 
 @torch.no_grad()

@@ -30,6 +30,17 @@ def test_one_step_by_hand() -> None:
     assert m.item() == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_fold_does_not_depend_on_layout_or_dtype(dtype: torch.dtype) -> None:
+    """A direction from a checkpoint may lie in memory otherwise than its parameter."""
+    y = torch.randn(64, 3, dtype=dtype, generator=torch.Generator().manual_seed(0)).t()
+    m = torch.randn(3, 64, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    expected = (0.9 + 0.1 * 0.5) * m - 0.1 * y
+    for layout in (m.clone(), m.t().contiguous().t(), m.clone().expand(2, 3, 64)[0]):
+        begin_update_([layout], [y], ema_decay=0.9, step_size=0.5)
+        torch.testing.assert_close(layout, expected)
+
+
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5, 0.99])
 @pytest.mark.parametrize("step_size", [0.0, 0.3, 0.9])
 def test_random_steps_match_the_reference(ema_decay: float, step_size: float) -> None:

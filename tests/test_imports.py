@@ -25,6 +25,7 @@ LAYERS: dict[str, set[str]] = {
     "step_hooks": set(),
     "direction": {"functional", "metrics", "sharding"},
     "lookahead": {"direction", "functional", "metrics", "schedule", "sharding", "step_hooks"},
+    "benchmark": {"direction", "lookahead", "report", "schedule"},
     "attach": {"lookahead", "metrics", "schedule"},
     "trainer": {"schedule"},
     "callback": {"direction", "lookahead", "metrics", "schedule", "trainer"},
@@ -41,7 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "quickstart.corpus": set(),
     "quickstart.model": set(),
     "quickstart.experiment": {"callback", "report", "quickstart.corpus", "quickstart.model"},
-    "cli": {"litgpt.launch", "quickstart.experiment"},
+    "cli": {"benchmark", "litgpt.launch", "quickstart.experiment"},
     "": {"attach", "callback", "version"},
 }
 MAY_IMPORT_LIGHTNING = {
