@@ -13,11 +13,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_ema_nesterov.functional import extrapolate_, retract_
 from lightning_ema_nesterov.method import Fold, Method
 from lightning_ema_nesterov.metrics import StepMetrics
 from lightning_ema_nesterov.schedule import MAX_LR_KEY, LookaheadSchedule, follow_lr
-from lightning_ema_nesterov.sharding import Sharding, local
+from lightning_ema_nesterov.sharding import Sharding
 from lightning_ema_nesterov.step_hooks import StepHooks
 
 __all__ = ["STEP_KEY", "Lookahead", "Stage"]
@@ -39,10 +38,11 @@ class Stage(Enum):
 
 @dataclass(frozen=True)
 class _Pause:
-    """What :meth:`Lookahead.resume` puts back: the stage, and pairs of a tensor and its copy."""
+    """What :meth:`Lookahead.resume` puts back; ``kept`` has pairs of a tensor and its copy."""
 
     stage: Stage
     kept: list[tuple[Tensor, Tensor]]
+    begun: dict[Tensor, float]
 
 
 class Lookahead:
@@ -134,6 +134,7 @@ class Lookahead:
         self._handles = [
             *self._hooks.register(),
             *self.method.keep_dtype_on_load(),
+            optimizer.register_state_dict_pre_hook(lambda _: self.method.make_whole()),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
         optimizer.param_groups[0].setdefault(STEP_KEY, _NO_STEP)  # a place to load it to
@@ -171,8 +172,7 @@ class Lookahead:
             params = [p for p in group["params"] if p.requires_grad and self.method.has(p)]
             if step_size and params:
                 self.sharding.reshard()
-                directions = local(self.method.of(params))
-                extrapolate_(local(params), directions, step_size=step_size)
+                self.method.extrapolate(params, step_size)
                 self._step_sizes.update(dict.fromkeys(params, step_size))
 
     def retract(self) -> None:
@@ -181,6 +181,7 @@ class Lookahead:
         After an exception inside the base optimizer's step, parameters that it changed count as
         stepped, the others go back.
         """
+        self.method.make_whole()
         if self.stage is Stage.ITERATE:
             return
         if self.stage is not Stage.PAUSED:
@@ -199,13 +200,18 @@ class Lookahead:
 
         A copy of the changed tensors is kept aside, so that training goes on from the same numbers.
         """
+        if self.stage is Stage.ITERATE:
+            self.method.make_whole()
         if self.stage in (Stage.ITERATE, Stage.PAUSED):
             return
         self.sharding.reshard()
-        changed = dict.fromkeys(self._step_sizes)
+        begun = dict(self.method.begun)
+        changed = dict.fromkeys([*self._step_sizes, *self.method.tensors_of(list(begun))])
         for fold in self._folds:
-            changed.update(dict.fromkeys(fold.params + fold.buffers))
-        self._pause = _Pause(self.stage, [(tensor, tensor.detach().clone()) for tensor in changed])
+            own = self.method.tensors_of(fold.params)
+            changed.update(dict.fromkeys([*fold.params, *fold.buffers, *own]))
+        kept = [(tensor, tensor.detach().clone()) for tensor in changed]
+        self._pause = _Pause(self.stage, kept, begun)
         self._restore_iterate()
         self.stage = Stage.PAUSED
 
@@ -217,6 +223,7 @@ class Lookahead:
         for tensor, kept in self._pause.kept:
             # `.data` hides the change from autograd: the tensors that it saved are whole again.
             tensor.data.copy_(kept)
+        self.method.begun.update(self._pause.begun)
         self.stage, self._pause = self._pause.stage, None
 
     @contextmanager
@@ -278,15 +285,13 @@ class Lookahead:
 
     def _retract(self, params: list[Tensor], step_size: float) -> None:
         if step_size:
-            # `.data` hides the change from autograd: after a pause the tensors it saved are whole.
-            points = local(p.data for p in params)
-            retract_(points, local(self.method.of(params)), step_size=step_size)
+            self.method.retract(params, step_size)
 
     def _close_window(self) -> None:
         self.stage = Stage.ITERATE
         self._pause = None
-        self._step_sizes = {}
-        self._folds = []
+        self._step_sizes, self._folds = {}, []
+        self.method.begun.clear()
 
     def _by_step_size(self, params: Iterable[Tensor]) -> list[tuple[float, list[Tensor]]]:
         buckets: dict[float, list[Tensor]] = defaultdict(list)

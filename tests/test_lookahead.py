@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,9 +16,25 @@ from toys import MakeOptimizer, adamw, equal, momentum, muon, relative_error, sg
 
 from lightning_ema_nesterov.direction import DIRECTION_KEY, EMADirections
 from lightning_ema_nesterov.lookahead import STEP_KEY, Lookahead, Stage
+from lightning_ema_nesterov.one_pass import OnePassDirections
 from lightning_ema_nesterov.schedule import MAX_LR_KEY, LookaheadSchedule
 
 CURVATURE = torch.diag(torch.linspace(0.1, 2.0, 6, dtype=torch.float64))
+
+
+FORMS: dict[str, Callable[..., EMADirections]] = {
+    "separate passes": EMADirections,
+    "joined passes": OnePassDirections,
+    "one pass": partial(OnePassDirections, ends_late=True),
+}
+make_directions: Callable[..., EMADirections] = EMADirections
+
+
+@pytest.fixture(autouse=True, params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with every form of the same arithmetic."""
+    monkeypatch.setitem(globals(), "make_directions", FORMS[request.param])
+    return str(request.param)
 
 
 def start(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -39,7 +56,7 @@ def gradients(params: list[Tensor], step_idx: int) -> list[Tensor]:
 def attach(optimizer: Optimizer, **kwargs: Any) -> Lookahead:
     options = {"lookahead_step_size": 0.5, "ema_decay": 0.9, **kwargs}
     ema_decay = options.pop("ema_decay")
-    directions = EMADirections(optimizer, ema_decay)
+    directions = make_directions(optimizer, ema_decay)
     return Lookahead(optimizer, LookaheadSchedule(**options), directions).attach()
 
 
@@ -52,6 +69,7 @@ def train(lookahead: Lookahead, params: list[nn.Parameter], num_steps: int) -> N
 
 
 def direction(lookahead: Lookahead, p: Tensor) -> Tensor:
+    lookahead.method.make_whole()
     tensor: Tensor = lookahead.base_optimizer.state[p][DIRECTION_KEY]
     return tensor
 
@@ -448,7 +466,7 @@ def test_at_iterate_inside_a_forward_pass_leaves_the_graph_intact() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_step_skipped_by_the_scaler_changes_nothing(fused: bool) -> None:
+def test_step_skipped_by_the_scaler_changes_nothing(fused: bool, form: str) -> None:
     params = start()
     optimizer = torch.optim.AdamW(params, lr=1e-2, fused=fused)
     lookahead = attach(optimizer)
@@ -469,7 +487,17 @@ def test_step_skipped_by_the_scaler_changes_nothing(fused: bool) -> None:
     lookahead.skip()
     assert lookahead.stage is Stage.ITERATE
     assert relative_error(params, x) < 1e-7
-    assert equal([direction(lookahead, p) for p in params], m)
+    kept = [direction(lookahead, p).clone() for p in params]
+    if form == "separate passes":
+        assert equal(kept, m)
+    else:
+        # Going back from the fold leaves a rounding of (1 - 0.9) y, where |y| < 3 and |m| ~ 0.003.
+        torch.testing.assert_close(kept, m, rtol=0, atol=0.1 * 3 * 1.2e-7)
+        for _ in range(5):  # once: a parameter that was not stepped is left out of the joined pass
+            step(float("inf"))
+            lookahead.skip()
+            lookahead.step_idx -= 1
+        assert equal([direction(lookahead, p) for p in params], kept)
     assert lookahead.step_idx == 4
     lookahead.skip()
     assert lookahead.step_idx == 4
