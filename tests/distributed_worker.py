@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from toys import make_trainer
 from typing_extensions import override
 
-from lightning_ema_nesterov import EMANesterov, attach_ema_nesterov
+from lightning_ema_nesterov import EMANesterov, attach_ema_nesterov, codecs, one_pass
 from lightning_ema_nesterov.direction import DIRECTION_KEY
 from lightning_ema_nesterov.sharding import Sharding
 
@@ -405,12 +405,29 @@ def run_attached(options: dict[str, Any]) -> dict[str, Any]:
     return {"tensors": weights}
 
 
+def count_kernel_calls() -> list[int]:
+    """Have the compiled kernel note its calls that came back."""
+    calls: list[int] = []
+    compiled = one_pass._compiled
+
+    def counted(*tensors: Tensor) -> None:
+        compiled(*tensors)
+        calls.append(tensors[0].numel())
+
+    one_pass._compiled = counted
+    return calls
+
+
 def make_callbacks(options: dict[str, Any]) -> list[Callback]:
     """The method in the variant that a test asks for, and what records or saves beside it."""
     kind = Measures if options.get("measure") else EMANesterov
     kind = CountsCommunication if options.get("count") else kind
     CountsCommunication.counts, Measures.metrics = [], []
-    callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, rest=1, total_steps=8)
+    forms = {key: options[key] for key in ("direction_dtype",) if key in options}
+    forms["compile"] = options.get("compile_method", False)
+    one_pass._MIN_ELEMENTS = codecs._MIN_ELEMENTS = 1  # the model is small
+    codecs.BLOCK_SIZE = 4
+    callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, rest=1, total_steps=8, **forms)
     callbacks: list[Callback] = [] if options.get("plain") else [callback]
     if options.get("checkpoints"):
         callbacks.append(
@@ -449,6 +466,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     reshard = Sharding.reshard
     if options.get("never_reshard"):
         Sharding.reshard = lambda self: None  # type: ignore[method-assign]
+    kernel_calls = count_kernel_calls()
     trainer.fit(module, train, val, ckpt_path=options.get("load"))
     Sharding.reshard = reshard  # type: ignore[method-assign]
     if options.get("save"):
@@ -461,6 +479,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             if key.startswith("ema_nesterov")
         },
         "counts": CountsCommunication.counts,
+        "kernel_calls": kernel_calls,
         "metrics": Measures.metrics,
         "changes": [c.changes() for c in callbacks if isinstance(c, RecordsChanges)],
     }

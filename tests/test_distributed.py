@@ -270,6 +270,55 @@ def test_muon_and_unused_parameters_resume_bitwise(folder: Path) -> None:
     assert torch.equal(unused, torch.ones(3, 2))
 
 
+def test_compiled_kernel_works_on_shards(folder: Path, one_process: dict[str, Result]) -> None:
+    names = ("ddp", "fsdp1", "fsdp1-flat", "fsdp2")
+    configs = [
+        {"name": f"joined-{name}", "compile_method": True, "validate": True, **STRATEGIES[name]}
+        for name in names
+    ]
+    for name, result in launch(folder, 2, configs).items():
+        assert difference(result, one_process["one-adamw"]) < 1e-5
+        assert len(result["kernel_calls"]) >= 6, name  # steps with lookahead
+    assert one_process["one-adamw"]["kernel_calls"] == []
+
+
+@pytest.fixture(scope="module")
+def compressed(folder: Path) -> dict[str, Result]:
+    configs: list[dict[str, Any]] = []
+    for tag in ("bfloat16-ddp", "bfloat16-fsdp2", "int8-ddp", "int8-fsdp2", "int8-fsdp2-full"):
+        dtype, _, name = tag.partition("-")
+        common = {"direction_dtype": dtype, **CHECKPOINTS[name]}
+        path = str(folder / tag)
+        configs.append({"name": f"whole-{tag}", **common})
+        configs.append({"name": f"saved-{tag}", "num_steps": 4, "save": path, **common})
+    return launch(folder, 2, configs)
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_compressed_directions_resume_and_reshard(
+    num_processes: int, folder: Path, compressed: dict[str, Result], one_process: dict[str, Result]
+) -> None:
+    tags = [name.removeprefix("whole-") for name in compressed if name.startswith("whole-")]
+    configs: list[dict[str, Any]] = []
+    for tag in tags:
+        dtype, _, name = tag.partition("-")
+        common = {"direction_dtype": dtype, "load": str(folder / tag), **CHECKPOINTS[name]}
+        configs.append({"name": f"on{num_processes}-{tag}", **common})
+        configs.append({"name": f"loaded{num_processes}-{tag}", "num_steps": 4, **common})
+    results = launch(folder, num_processes, configs)
+    for tag in tags:
+        loaded, again = (results[f"{kind}{num_processes}-{tag}"] for kind in ("loaded", "on"))
+        assert difference(loaded, compressed[f"saved-{tag}"]) == 0.0, tag  # nothing is dropped
+        whole = compressed[f"whole-{tag}"]
+        found = {t.dtype for key, t in whole["tensors"].items() if key.startswith(DIRECTION_KEY)}
+        assert tag.startswith("bfloat16") or torch.int8 in found
+        if num_processes == 2:
+            assert difference(again, whole) == 0.0, tag
+        # Noise is drawn by position in a shard. It moves the weights by a part of the lookahead.
+        assert difference(again, whole, "weight") < 1e-3, tag
+        assert difference(one_process["one-plain"], whole, "weight") > 1e-2, tag
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_resume_in_low_precision_is_bitwise(precision: str, folder: Path) -> None:
     configs: list[dict[str, Any]] = []
@@ -306,10 +355,12 @@ def test_what_cannot_be_saved_is_refused_before_training(folder: Path) -> None:
     configs: list[dict[str, Any]] = [
         {"name": "bf16", "strategy": "fsdp1", "precision": "bf16-true", "may_fail": True},
         {"name": "full", "strategy": "fsdp1", "state_dict_type": "full", "may_fail": True},
+        {"name": "int8", "strategy": "fsdp1", "direction_dtype": "int8", "may_fail": True},
     ]
     results = launch(folder, 2, configs)
     assert "use precision='bf16-mixed' or use_orig_params=False" in results["bf16"]["error"]
     assert "state_dict_type='sharded'" in results["full"]["error"]
+    assert "FSDP2 (ModelParallelStrategy), or 'float32'" in results["int8"]["error"]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
