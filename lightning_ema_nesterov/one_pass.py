@@ -27,11 +27,11 @@ from lightning_ema_nesterov.sharding import Sharding, local
 
 __all__ = ["OnePassDirections"]
 
-_MIN_ELEMENTS = 2**14
+_MIN_ELEMENTS = 2**16
 """Elements below which the call of a compiled kernel costs more than several foreach operations."""
 
-_CACHED_ELEMENTS = 2**17
-"""Elements that a core's cache holds twice, for several operations one after the other."""
+_CACHED_ELEMENTS = 2**19
+"""Elements that a cache of the CPU holds twice, for several operations one after the other."""
 
 # One compiled kernel for the process: its guards and code do not depend on the optimizer.
 _compiled: Callable[[Tensor, Tensor, Tensor], None] = torch.compile(
@@ -132,16 +132,19 @@ class OnePassDirections(EMADirections):
     def _join(self, params: list[Tensor], step_size: float, *, is_fold: bool) -> None:
         points, directions = local(p.detach() for p in params), local(self.of(params))
         small: list[tuple[Tensor, Tensor]] = []
+        made: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         for y, m in zip(points, directions, strict=True):
             if not (self._can_compile and _is_worth_compiling(y, m)):
                 small.append((y, m))
                 continue
-            coefficients = join_coefficients(
-                m, ema_decay=self.ema_decay, step_size=step_size, is_fold=is_fold
-            )
+            key = m.dtype, m.device
+            if key not in made:
+                made[key] = join_coefficients(
+                    m, ema_decay=self.ema_decay, step_size=step_size, is_fold=is_fold
+                )
             try:
                 # `.data` of a view is none to the compiler, which would guard on its base.
-                _compiled(m.view(-1).data, y.view(-1).data, coefficients)
+                _compiled(m.view(-1).data, y.view(-1).data, made[key])
             except Exception as error:  # torch has many for what it cannot compile
                 self._can_compile = False
                 _warn_on_rank_zero(error)

@@ -34,7 +34,7 @@ from lightning_ema_nesterov.one_pass import OnePassDirections
 from lightning_ema_nesterov.schedule import LookaheadSchedule
 from lightning_ema_nesterov.variants import make_directions
 
-SHAPES = [(130, 140), (33,), (128, 256), (3, 2**14)]  # all but the second are worth a kernel call
+SHAPES = [(330, 200), (33,), (256, 256), (3, 2**15)]  # all but the second are worth a kernel call
 
 
 def start(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -104,7 +104,7 @@ def test_nothing_is_compiled_again_when_the_step_size_or_the_model_changes() -> 
         lookahead.retract()
         lookahead.extrapolate()
         optimizer.step()
-    other = sgd([nn.Parameter(torch.randn(7, 2**13)), nn.Parameter(torch.randn(2**15))])
+    other = sgd([nn.Parameter(torch.randn(7, 2**15)), nn.Parameter(torch.randn(2**17))])
     train(other, OnePassDirections(other, 0.99), 6, warmup=2, rest=2, total_steps=6)
     assert dict(counters["stats"]) == before
     assert before["unique_graphs"] >= 1
@@ -120,10 +120,10 @@ def test_the_kernel_takes_large_tensors_only(monkeypatch: pytest.MonkeyPatch) ->
     params = start()
     optimizer = sgd(params)
     train(optimizer, OnePassDirections(optimizer, 0.9), 2)
-    assert sizes == [130 * 140, 128 * 256, 3 * 2**14]
+    assert sizes == [330 * 200, 256 * 256, 3 * 2**15]
     sizes.clear()
     narrow = [nn.Parameter(p.detach().bfloat16()) for p in params]
-    turned = [nn.Parameter(torch.zeros(2**14, 3).t())]
+    turned = [nn.Parameter(torch.zeros(2**15, 3).t())]
     for chosen in (narrow, turned):
         train(sgd(chosen), OnePassDirections(sgd(chosen), 0.9), 2)
     assert sizes == []
