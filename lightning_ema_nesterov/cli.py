@@ -81,7 +81,7 @@ def compare(
         num_workers: Runs at the same time, at least 1.
     """
     from lightning_ema_nesterov.study.compare import run_study
-    from lightning_ema_nesterov.study.spec import load_study
+    from lightning_ema_nesterov.study.load import load_study
 
     name = study.stem + ("-quick" if quick else "")
     folder = Path("out/studies", name) if out_dir is None else out_dir

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -40,14 +41,21 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished. Folder: {out_dir}")
     print(f"Watch: tensorboard --logdir {out_dir / RUNS}")
     with tqdm(total=len(runs), initial=len(runs) - len(left), unit="run") as progress:
+        waiting = dict.fromkeys(left)
+        progress.set_description(_describe(waiting, num_workers))
         for result in _results(study, left, out_dir / RUNS, num_workers):
             write_line(out_dir / LINES, result)
-            run = result.run
-            outcome = "diverged" if result.is_diverged else f"val_loss {result.final:.4f}"
-            progress.set_description(f"{run.base} {run.method} lr {run.lr:g} seed {run.seed}")
-            progress.set_postfix_str(outcome)
+            waiting.pop(result.run)
+            outcome = "diverged" if result.is_diverged else f"{result.final:.4f}"
+            progress.set_postfix_str(f"last: {outcome}")
+            progress.set_description(_describe(waiting, num_workers))
             progress.update()
     print(f"Report: ema-nesterov report {out_dir}")
+
+
+def _describe(waiting: Iterable[Run], num_workers: int) -> str:
+    running = itertools.islice(waiting, num_workers)
+    return ", ".join(f"{r.base} {r.method} {r.lr:g} seed {r.seed}" for r in running) or "finished"
 
 
 def _claim(study: Study, out_dir: Path) -> None:

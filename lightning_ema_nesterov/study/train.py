@@ -45,7 +45,7 @@ def train_run(study: Study, run: Run, root: Path) -> None:
     # Other processes on the machine do not count for a run on its CPU.
     watch = _Watch(time.process_time if study.accelerator == "cpu" else time.perf_counter)
     method = study.methods[run.method]
-    callbacks: list[Callback] = [watch]
+    callbacks: list[Callback] = [watch, *map(_build, study.callbacks)]
     if method.class_path is not None:
         callbacks.append(find_class(method.class_path)(**method.init_args))
     with without_advice():
