@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -84,5 +85,9 @@ def import_optimizer(path: str, key: str) -> Callable[..., object]:
     try:
         found: Callable[..., object] = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{key} names {path}, which cannot be imported: {error}.") from error
+        message = f"{key} names {path}, which cannot be imported: {error}."
+        if "." not in path:
+            known = (n for n, c in vars(torch.optim).items() if isinstance(c, type))
+            message += f" Known without a dot are {', '.join(sorted(known))}."
+        raise ValueError(message) from error
     return found

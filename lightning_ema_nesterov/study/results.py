@@ -103,7 +103,7 @@ def _read_events(folder: Path) -> Result | None:
 
 
 def write_line(path: Path, result: Result) -> None:
-    """Append a result to a file of JSON lines."""
+    """Append a result to a file of JSON lines, on a line of its own also after half a line."""
     line: dict[str, Any] = {
         **asdict(result.run),
         "is_diverged": result.is_diverged,
@@ -112,8 +112,9 @@ def write_line(path: Path, result: Result) -> None:
         "step_size": round(result.step_size, 4),
         "val_loss": [[p.step, round(p.seconds, 1), round(p.value, 5)] for p in result.val_loss],
     }
+    is_cut = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("\n" * is_cut + json.dumps(line) + "\n")
 
 
 def read_lines(path: Path) -> list[Result]:
