@@ -193,6 +193,7 @@ class Lookahead:
         """Close a window whose step was skipped: back to the iterate, and the schedule goes on."""
         if self.stage is not Stage.ITERATE:
             self.retract()
+            self.method.finish([], step_idx=self.step_idx)
             self.step_idx += 1
 
     def pause(self) -> None:
