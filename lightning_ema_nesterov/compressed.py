@@ -9,7 +9,7 @@ It is done in blocks that fit in a cache, so that no float32 direction exists as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -124,6 +124,17 @@ class CompressedDirections(Method):
             stored = codec.make(p)
             codec.write_(local(stored), local([read_any(p, tensors)])[0], noise=None)
         return dict(zip(self.keys, stored, strict=False))
+
+    @override
+    def check_checkpoint(self, has: Callable[[str], bool]) -> None:
+        params = [p for group in self.base_optimizer.param_groups for p in group["params"]]
+        needs = any(isinstance(self.codec(p), Int8) for p in params)
+        if has(DIRECTION_KEY) and has(SCALES_KEY) is not needs:
+            made = "another direction_dtype" if needs else "direction_dtype='int8'"
+            raise ValueError(
+                f"direction_dtype must be that of the sharded checkpoint, got "
+                f"{self.direction_dtype!r}: it was made with {made}."
+            )
 
     @torch.no_grad()
     def _add_directions(

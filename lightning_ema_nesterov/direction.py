@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -83,6 +85,14 @@ class EMADirections(Method):
     def restore(self, p: Tensor, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
         stored = [loaded[key] for key in self.loadable_keys if key in loaded]
         return {DIRECTION_KEY: read_any(p, stored).to(p.device, wide_dtype(p))}
+
+    @override
+    def check_checkpoint(self, has: Callable[[str], bool]) -> None:
+        if has(SCALES_KEY):
+            raise ValueError(
+                "direction_dtype must be 'int8' to continue this sharded checkpoint, which was "
+                "made with it."
+            )
 
     @override
     def measure(self, folds: list[Fold], sharding: Sharding) -> StepMetrics:

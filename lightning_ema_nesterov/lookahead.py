@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +15,7 @@ from lightning_ema_nesterov.method import Fold, Method
 from lightning_ema_nesterov.metrics import StepMetrics
 from lightning_ema_nesterov.schedule import MAX_LR_KEY, LookaheadSchedule, follow_lr
 from lightning_ema_nesterov.sharding import Sharding
+from lightning_ema_nesterov.stage import Pause, Stage
 from lightning_ema_nesterov.step_hooks import StepHooks
 
 __all__ = ["STEP_KEY", "Lookahead", "Stage"]
@@ -25,24 +24,6 @@ STEP_KEY = "ema_nesterov_step"
 """Key of the number of steps taken, in the base optimizer's first parameter group."""
 
 _NO_STEP = -1
-
-
-class Stage(Enum):
-    """What the parameters hold."""
-
-    ITERATE = "the iterate x"
-    LOOKAHEAD = "the lookahead point y"
-    STEPPING = "what the base optimizer writes; the direction's storage holds the fold"
-    PAUSED = "the iterate x, while what the stage before held is kept aside"
-
-
-@dataclass(frozen=True)
-class _Pause:
-    """What :meth:`Lookahead.resume` puts back; ``kept`` has pairs of a tensor and its copy."""
-
-    stage: Stage
-    kept: list[tuple[Tensor, Tensor]]
-    begun: dict[Tensor, float]
 
 
 class Lookahead:
@@ -64,6 +45,8 @@ class Lookahead:
     Attributes:
         stage: What the parameters hold.
         will_measure: Whether the next step is measured; reset by it.
+        keeps_shards: Whether shards keep their tensors, as zeros, in the rest. A distributed
+            checkpoint without them is refused, unless the loader forgets them first.
         metrics: The step that was measured last.
 
     Raises:
@@ -104,8 +87,9 @@ class Lookahead:
         self.method = method
         self.stage = Stage.ITERATE
         self.will_measure = False
+        self.keeps_shards = True
         self.metrics: StepMetrics | None = None
-        self._pause: _Pause | None = None
+        self._pause: Pause | None = None
         self._step_sizes: dict[Tensor, float] = {}  # parameters at y, and their beta_t
         self._folds: list[Fold] = []
         self._is_dry_run = False
@@ -212,7 +196,7 @@ class Lookahead:
             own = self.method.tensors_of(fold.params)
             changed.update(dict.fromkeys([*fold.params, *fold.buffers, *own]))
         kept = [(tensor, tensor.detach().clone()) for tensor in changed]
-        self._pause = _Pause(self.stage, kept, begun)
+        self._pause = Pause(self.stage, kept, begun)
         self._restore_iterate()
         self.stage = Stage.PAUSED
 
@@ -247,6 +231,8 @@ class Lookahead:
         self.resume()
         if self._scaler_skips_step():
             self._restore_iterate()
+        elif self.schedule.is_resting(self.step_idx):
+            self.method.free(keeps_shards=self.keeps_shards)
         else:
             params = [p for group in groups for p in group["params"]]
             for step_size, bucket in self._by_step_size(p for p in params if p.grad is None):
@@ -262,14 +248,18 @@ class Lookahead:
         return found_inf is not None and bool(found_inf.item() > 0)
 
     def _end_step(self) -> None:
-        self.method.finish(self._folds, step_idx=self.step_idx)
+        is_resting = self.schedule.is_resting(self.step_idx)
+        if not is_resting:
+            self.method.finish(self._folds, step_idx=self.step_idx)
         if self._is_dry_run:
             for fold in self._folds:
                 self.method.restart(fold.params)
         else:
-            if self.will_measure:
+            if self.will_measure and is_resting:
+                self.metrics = StepMetrics(step_size=0.0)
+            elif self.will_measure:
                 self.metrics = self.method.measure(self._folds, self.sharding)
-                self.will_measure = False
+            self.will_measure = False
             self.step_idx += 1
         self._close_window()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -169,6 +171,39 @@ class Method(ABC):
         if missing and all(self.keys[0] in state and own.issuperset(state) for state in states):
             for p in missing:
                 self.base_optimizer.state[p].update(self.make_state(p))
+
+    def free(self, *, keeps_shards: bool) -> None:
+        """Drop the tensors of all parameters: no step will need them.
+
+        In a distributed run a parameter keeps them, as zeros, where the base optimizer has no state
+        of its own: FSDP cannot load an empty one.
+
+        Args:
+            keeps_shards: Whether shards keep them too, as zeros.
+        """
+        self.make_whole()
+        own = set(self.keys)
+        is_distributed = dist.is_available() and dist.is_initialized()
+        for p, state in list(self.base_optimizer.state.items()):
+            is_alone = is_distributed and own.issuperset(state)
+            for key in own.intersection(state):
+                if is_alone or (keeps_shards and isinstance(p, DTensor)):
+                    state[key].zero_()
+                else:
+                    del state[key]
+            if not state:
+                del self.base_optimizer.state[p]
+
+    def check_checkpoint(self, has: Callable[[str], bool]) -> None:
+        """Raise where a distributed checkpoint stores tensors in another format.
+
+        Args:
+            has: Whether the checkpoint has an entry for a key.
+
+        Raises:
+            ValueError: With the remedy.
+        """
+        return
 
     def keep_dtype_on_load(self) -> list[RemovableHandle]:
         """Register hooks: ``load_state_dict`` rounds every state to its parameter's dtype."""

@@ -26,9 +26,9 @@ from lightning_ema_nesterov.schedule import set_max_lr
 __all__ = [
     "check_trainer",
     "estimate_total_steps",
-    "is_distributed_checkpoint_without",
     "is_watched_between_steps",
     "is_watched_in_window",
+    "keys_of_distributed_checkpoint",
     "replace_method",
     "steps_per_global_step",
     "tell_max_lr",
@@ -96,17 +96,18 @@ def _check_fsdp(trainer: Trainer, strategy: FSDPStrategy, name: str) -> None:
         )
 
 
-def is_distributed_checkpoint_without(key: str, path: str | Path) -> bool:
-    """Return whether a path is a folder of torch.distributed.checkpoint without a key.
+def keys_of_distributed_checkpoint(path: str | Path) -> list[str] | None:
+    """Return the names of the entries of a folder of torch.distributed.checkpoint.
 
     Args:
-        key: What the name of an entry may end in.
         path: Path of a checkpoint of any kind, local or not.
+
+    Returns:
+        The names, or ``None`` for a checkpoint of another kind.
     """
     if not (Path(path) / ".metadata").is_file():
-        return False
-    metadata = FileSystemReader(path).read_metadata()
-    return not any(name.endswith(key) for name in metadata.state_dict_metadata)
+        return None
+    return list(FileSystemReader(path).read_metadata().state_dict_metadata)
 
 
 def tell_max_lr(trainer: Trainer) -> None:

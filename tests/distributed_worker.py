@@ -271,7 +271,7 @@ class Measures(CountsCommunication):
     @override
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         if self._lookaheads[0].metrics is not None:
-            self.metrics.append(vars(self._lookaheads[0].metrics))
+            self.metrics.append(self._lookaheads[0].metrics.as_scalars())
             self._lookaheads[0].metrics = None
 
 
@@ -423,11 +423,14 @@ def make_callbacks(options: dict[str, Any]) -> list[Callback]:
     kind = Measures if options.get("measure") else EMANesterov
     kind = CountsCommunication if options.get("count") else kind
     CountsCommunication.counts, Measures.metrics = [], []
-    forms = {key: options[key] for key in ("direction_dtype",) if key in options}
-    forms["compile"] = options.get("compile_method", False)
+    forms: dict[str, Any] = {
+        "compile": options.get("compile_method", False),
+        "direction_dtype": options.get("direction_dtype", "float32"),
+    }
     one_pass._MIN_ELEMENTS = codecs._MIN_ELEMENTS = 1  # the model is small
     codecs.BLOCK_SIZE = 4
-    callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, rest=1, total_steps=8, **forms)
+    forms["rest"] = options.get("rest", 1)
+    callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, total_steps=8, **forms)
     callbacks: list[Callback] = [] if options.get("plain") else [callback]
     if options.get("checkpoints"):
         callbacks.append(

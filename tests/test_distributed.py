@@ -201,7 +201,8 @@ def test_logged_norms_are_those_of_the_whole_model(folder: Path) -> None:
         pairs = zip(result["metrics"], one["one-measured"]["metrics"], strict=True)
         for measured, expected in pairs:
             assert measured == pytest.approx(expected, rel=1e-3, abs=1e-6), name
-    assert one["one-measured"]["metrics"][-1]["alignment"] > 0.1
+    assert one["one-measured"]["metrics"][-2]["ema_nesterov/alignment"] > 0.1
+    assert list(one["one-measured"]["metrics"][-1]) == ["ema_nesterov/step_size"]  # it rests
 
 
 @pytest.fixture(scope="module")
@@ -310,13 +311,60 @@ def test_compressed_directions_resume_and_reshard(
         loaded, again = (results[f"{kind}{num_processes}-{tag}"] for kind in ("loaded", "on"))
         assert difference(loaded, compressed[f"saved-{tag}"]) == 0.0, tag  # nothing is dropped
         whole = compressed[f"whole-{tag}"]
-        found = {t.dtype for key, t in whole["tensors"].items() if key.startswith(DIRECTION_KEY)}
+        found = {t.dtype for key, t in loaded["tensors"].items() if key.startswith(DIRECTION_KEY)}
         assert tag.startswith("bfloat16") or torch.int8 in found
         if num_processes == 2:
             assert difference(again, whole) == 0.0, tag
         # Noise is drawn by position in a shard. It moves the weights by a part of the lookahead.
         assert difference(again, whole, "weight") < 1e-3, tag
         assert difference(one_process["one-plain"], whole, "weight") > 1e-2, tag
+
+
+def test_checkpoints_made_in_the_rest_have_no_direction_and_resume(folder: Path) -> None:
+    """Steps 3 to 7 rest; the checkpoint is of step 4. A longer run then has a direction again."""
+    cases = {(name, base): CHECKPOINTS[name] for name in CHECKPOINTS for base in ("adamw", "sgd")}
+    configs: list[dict[str, Any]] = []
+    for (name, base), options in cases.items():
+        path = str(folder / f"rest-{name}-{base}")
+        common = {"optimizer": base, "rest": 5, **options}
+        configs.append({"name": f"rest-whole-{name}-{base}", **common})
+        configs.append(
+            {"name": f"rest-saved-{name}-{base}", "num_steps": 4, "save": path, **common}
+        )
+        configs.append({"name": f"rest-on-{name}-{base}", "load": path, **common})
+        if base == "adamw":
+            configs.append({"name": f"rest-longer-{name}", "load": path, **common, "rest": 0})
+    results = launch(folder, 2, configs)
+    for name, base in cases:
+        whole, again = (results[f"rest-{kind}-{name}-{base}"] for kind in ("whole", "on"))
+        assert difference(again, whole) == 0.0, (name, base)
+        saved = results[f"rest-saved-{name}-{base}"]
+        assert difference(saved, whole, "weight") > 1e-3
+        # SGD keeps nothing of its own, and FSDP cannot load an empty state: zeros stay there.
+        kept = [t.abs().max() for key, t in saved["tensors"].items() if DIRECTION_KEY in key]
+        assert max(kept, default=0) == 0, name
+        assert not kept or base == "sgd"
+        assert again["group"] == whole["group"]
+        if base == "adamw":
+            longer = results[f"rest-longer-{name}"]
+            assert difference(longer, whole, "weight") > 1e-4
+            assert any(DIRECTION_KEY in key for key in longer["tensors"])
+
+
+def test_another_format_in_a_sharded_checkpoint_is_refused(
+    folder: Path, compressed: dict[str, Result]
+) -> None:
+    configs: list[dict[str, Any]] = [
+        {"load": str(folder / f"{made}-fsdp2"), "direction_dtype": asked, **CHECKPOINTS["fsdp2"]}
+        for made, asked in (("int8", "float32"), ("int8", "bfloat16"), ("bfloat16", "int8"))
+    ]
+    names = ["int8-as-float32", "int8-as-bfloat16", "bfloat16-as-int8"]
+    configs = [
+        {"name": name, "may_fail": True, **config}
+        for name, config in zip(names, configs, strict=True)
+    ]
+    for name, result in launch(folder, 2, configs).items():
+        assert "direction_dtype must be" in result["error"], name
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -334,7 +382,8 @@ def test_resume_in_low_precision_is_bitwise(precision: str, folder: Path) -> Non
         whole = results[f"whole-{precision}-{name}"]
         assert difference(results[f"on-{precision}-{name}"], whole) == 0.0, name
         assert difference(results[f"saved-{precision}-{name}"], whole, "weight") > 1e-3
-        dtypes = {t.dtype for key, t in whole["tensors"].items() if DIRECTION_KEY in key}
+        tensors = results[f"saved-{precision}-{name}"]["tensors"]
+        dtypes = {t.dtype for key, t in tensors.items() if DIRECTION_KEY in key}
         assert dtypes == {torch.float32}
 
 

@@ -68,7 +68,7 @@ def directions_of(optimizer: Optimizer) -> list[Tensor]:
 
 @pytest.mark.parametrize("ends_late", [False, True])
 def test_compiled_and_default_paths_agree_after_two_hundred_steps(ends_late: bool) -> None:
-    schedule = {"warmup": 20, "rest": 30, "total_steps": 200}
+    schedule = {"warmup": 20}
     params, plain = start(), start()
     by_hand = adamw(plain)
     train(by_hand, EMADirections(by_hand, 0.99), 200, **schedule)
@@ -81,7 +81,7 @@ def test_compiled_and_default_paths_agree_after_two_hundred_steps(ends_late: boo
         adamw,
         num_steps=200,
         ema_decay=0.99,
-        step_size=lambda t: 0.5 if 20 <= t < 170 else 0.0,
+        step_size=lambda t: 0.5 if t >= 20 else 0.0,
     )
     # A float32 direction has lost that much against float64, compiled or not.
     errors = [relative_error(directions_of(o), exact_m) for o in (optimizer, by_hand)]
