@@ -42,8 +42,9 @@ def benchmark(
     *,
     num_elements: list[int] = [10**6, 10**7, 10**8],  # noqa: B006  # jsonargparse shows it
     num_tensors: list[int] = [10, 100, 2000],  # noqa: B006
+    forms: list[str] = ["default", "compile", "one_pass", "bfloat16", "int8"],  # noqa: B006
     num_rounds: int = 15,
-    num_threads: int = 1,
+    num_threads: list[int] = [1],  # noqa: B006
     device: str = "cpu",
     out: Path = Path("out/benchmark.json"),
 ) -> None:
@@ -52,15 +53,24 @@ def benchmark(
     Args:
         num_elements: Elements of all parameters together.
         num_tensors: Parameters that they are split into; each number with each of num_elements.
+        forms: default, compile, one_pass (compile=True where nobody can look between two steps),
+            bfloat16, int8.
         num_rounds: Interleaved rounds, of which the medians are taken, at least 1.
-        num_threads: Threads of torch on a CPU, at least 1.
+        num_threads: Numbers of threads of torch on a CPU, each at least 1.
         device: As torch names it.
         out: JSON file for the figures.
     """
     from lightning_ema_nesterov.benchmark import run_benchmark
 
     sizes = [(elements, tensors) for elements in num_elements for tensors in num_tensors]
-    run_benchmark(sizes, num_rounds=num_rounds, num_threads=num_threads, device=device, out=out)
+    run_benchmark(
+        sizes,
+        forms=forms,
+        num_rounds=num_rounds,
+        num_threads=num_threads,
+        device=device,
+        out=out,
+    )
 
 
 def compare(

@@ -10,17 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_ema_nesterov import benchmark
-from lightning_ema_nesterov.benchmark import measure_cost
+from lightning_ema_nesterov import cost
+from lightning_ema_nesterov.cost import FORMS, measure_cost
 from lightning_ema_nesterov.lookahead import Lookahead
 
+SIZE = 2**21  # blocks are small beside it
 
-def test_method_keeps_one_element_and_makes_no_tensor() -> None:
-    cost = measure_cost(3000, 3, num_rounds=1)
-    assert cost.num_elements == 3000
-    assert cost.state_per_element == 1.0
-    assert cost.largest_transient == 0.0
-    assert min(cost.method_ms, cost.straightforward_ms, cost.copy_ms, cost.adamw_ms) > 0
+# Most bytes that are held at once, over those of the parameters: the copy of the lookahead point,
+# and a few blocks of 2 ** 17 elements.
+PEAKS = {"default": 0.0, "compile": 0.001, "one_pass": 0.001, "bfloat16": 1.6, "int8": 1.8}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_state_and_peak_of_each_form(form: str) -> None:
+    found = measure_cost(SIZE, 3, form=form, num_rounds=1)
+    assert SIZE - 1024 <= found.num_elements <= SIZE
+    expected = {"bfloat16": 0.5, "int8": 0.25 + 1 / 128}
+    assert found.state_per_element == expected.get(form, 1.0)
+    assert found.peak_per_element <= PEAKS[form]
+    assert (found.peak_per_element >= 1.0) == (form in ("bfloat16", "int8"))
+    times = [found.method_ms, found.straightforward_ms, found.copy_ms, found.adamw_ms]
+    assert min(times) > 0
 
 
 def test_transients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,18 +38,20 @@ def test_transients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wasteful(self: Lookahead) -> None:
         extrapolate(self)
-        for p in self.base_optimizer.param_groups[0]["params"]:
-            torch.cat([p.detach(), p.detach()])
+        [p] = self.base_optimizer.param_groups[0]["params"]
+        held = torch.cat([p.detach(), p.detach()])
+        torch.cat([p.detach(), held])  # 2 and 3 at once
 
     monkeypatch.setattr(Lookahead, "extrapolate", wasteful)
-    assert measure_cost(3000, 3, num_rounds=1).largest_transient == 2.0
+    assert measure_cost(3000, 1, num_rounds=1).peak_per_element == 5.0
 
 
 def test_straightforward_form_has_the_same_numbers() -> None:
     """Both at rest: the direction decays, and the parameters move along it."""
-    actions, lookahead = benchmark._prepare(100, 1, "cpu")
+    actions, lookahead = cost._prepare([(100,)], "default", "cpu")
+    lookahead.attach()
     [p] = lookahead.base_optimizer.param_groups[0]["params"]
-    twin = benchmark._Straightforward([p.detach().clone()])
+    twin = cost._Straightforward([p.detach().clone()])
     for _ in range(2):
         actions["method"]()
     state = lookahead.base_optimizer.state[p]["ema_nesterov_direction"]
@@ -55,20 +67,29 @@ def test_straightforward_form_has_the_same_numbers() -> None:
 
 
 def test_command_prints_a_table_and_writes_the_figures(tmp_path: Path) -> None:
-    arguments = ["--num_elements", "[2000, 4000]", "--num_tensors", "[2]", "--num_rounds", "1"]
+    arguments = ["--num_elements", "[2000, 4000]", "--num_tensors", "[2, 5]", "--num_rounds", "1"]
+    arguments += ["--forms", "[default, bfloat16]", "--num_threads", "[1, 2]"]
     command = [sys.executable, "-m", "lightning_ema_nesterov.cli", "benchmark"]
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
     result = subprocess.run([*command, *arguments], **options)  # type: ignore[call-overload]
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "out/benchmark.json").read_text())
-    assert [cost["num_elements"] for cost in figures["costs"]] == [2000, 4000]
-    for cost in figures["costs"]:
-        ratio = cost["method_ms"] / cost["straightforward_ms"]
-        assert cost["method_over_straightforward"] == ratio
-        row = f"{cost['num_elements']:,} 2 {cost['method_ms']:.1f} ms {ratio:.2f} "
-        assert row in " ".join(result.stdout.split())
-    for wrong in (["--num_threads", "0"], ["--num_elements", "[1]", "--num_tensors", "[2]"]):
+    assert len(figures["costs"]) == 2 * 2 * 2 * 2
+    printed = " ".join(result.stdout.split())
+    for row in figures["costs"]:
+        ratio = row["method_over_straightforward"]
+        assert ratio == pytest.approx(row["method_ms"] / row["straightforward_ms"])  # one round
+        cells = f"{row['form']} {row['num_elements']:,} {row['num_tensors']} {row['num_threads']} "
+        assert f"{cells}{ratio:.2f} " in printed
+    assert {row["num_threads"] for row in figures["costs"]} == {1, 2}
+    assert list(figures["us_per_tensor"]) == ["default", "bfloat16"]
+    assert f"default: {figures['us_per_tensor']['default']:.1f} us for each" in printed
+    for wrong in (
+        ["--num_threads", "[0]"],
+        ["--num_elements", "[1]", "--num_tensors", "[2]"],
+        ["--forms", "[fast]"],
+    ):
         result = subprocess.run([*command, *wrong], **options)  # type: ignore[call-overload]
         assert result.returncode == 1
-        assert "must be at least" in result.stderr
+        assert "must be" in result.stderr
         assert "Traceback" not in result.stderr
