@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -54,6 +55,7 @@ def run_benchmark(
     """
     if min(num_threads, default=0) < 1:
         raise ValueError(f"num_threads must be at least 1, got {list(num_threads)}.")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports every start and stop
     costs = []
     cases = [(t, form, size) for t in num_threads for form in forms for size in sizes]
     for threads, form, (num_elements, num_tensors) in tqdm(cases, desc="Measuring"):

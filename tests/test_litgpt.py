@@ -326,6 +326,36 @@ def test_zero_step_size_matches_the_base_optimizer_bitwise(run: Run) -> None:
     assert not equal(weights(plain.parent / "treated/final"), weights(plain / "final"))
 
 
+def test_forms_that_cost_less_train_and_save_alike(run: Run) -> None:
+    """In LitGPT's loop the end of an update waits; bfloat16 and int8 round."""
+    outs = {
+        "plain": run(out_dir="plain", optimizer=with_lookahead(lookahead_step_size=0.0, rest=0))
+    }
+    forms: dict[str, dict[str, Any]] = {
+        "default": {},
+        "compile": {"compile": True},
+        "bfloat16": {"direction_dtype": "bfloat16"},
+    }
+    for name, kwargs in forms.items():
+        outs[name] = run(out_dir=name, optimizer=with_lookahead(rest=0, **kwargs))
+    finals = {name: load(out / "final") for name, out in outs.items()}
+
+    def tensors(name: str) -> list[Tensor]:
+        states = finals[name]["optimizer"]["state"].values()
+        return [*finals[name]["model"].values(), *(state[DIRECTION_KEY] for state in states)]
+
+    # Another order of rounding. A fold in place of a direction would be off by its size.
+    assert relative_error(tensors("compile"), tensors("default")) < 1e-4
+    m = [
+        [state[DIRECTION_KEY] for state in finals[name]["optimizer"]["state"].values()]
+        for name in ("compile", "default")
+    ]
+    assert relative_error(*m) < 1e-2
+    # The rounding of 8 bits.
+    assert 0 < relative_error(tensors("bfloat16"), tensors("default")) < 1e-2
+    assert relative_error(tensors("plain"), tensors("default")) > 3e-2
+
+
 def test_scalars_are_logged_beside_the_loss_and_only_measured_there(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
