@@ -565,7 +565,7 @@ def test_a_list_of_parameters_finds_its_model_in_the_first_forward_pass() -> Non
     treated = steps(expected, reference_optimizer)
     assert equal(steps(outer, optimizer), treated)
     untreated = Language()
-    plain = build_optimizer(ADAMW, untreated.parameters(), key="")
+    plain = build_optimizer(ADAMW, untreated.parameters(), argument="base")
     assert not equal(steps(untreated, plain), treated)
 
 
@@ -593,13 +593,22 @@ def test_flat_shards_are_refused_with_the_remedy() -> None:
     [
         ("torch.optim.AdamX", "optimizer.init_args.base names torch.optim.AdamX, which cannot"),
         ("no_such_package.AdamW", "which cannot be imported: No module named 'no_such_package'"),
-        ("torch.nn.Linear", "init_args do not fit torch.nn.Linear: missing"),
-        ("builtins.list", "optimizer.init_args.base must name a torch.optim.Optimizer"),
+        ("torch.nn.Linear", "base must name a torch.optim.Optimizer, and torch.nn.Linear is"),
+        ("builtins.id", "a function that returns one, and builtins.id gives builtins.int"),
         ("math.pi", "optimizer.init_args.base must name an optimizer, and math.pi is not"),
         ({"class_path": "torch.optim.AdamW"}, "optimizer.init_args.base.init_args is missing"),
         ({"init_args": {}}, "optimizer.init_args.base.class_path is missing"),
         ({"class_path": "AdamW", "init_args": {"rate": 1}}, "init_args do not fit AdamW"),
         (3, "optimizer.init_args.base must be a name, or have class_path and init_args, got 3"),
+        (
+            {"class_path": "AdamW", "init_args": {"lr": -1.0}},
+            r"optimizer.init_args.base \(AdamW\) refuses .*: Invalid learning rate: -1.0",
+        ),
+        (
+            {"class_path": "AdamW", "init_args": {"lr": "high"}},
+            r"optimizer.init_args.base \(AdamW\) refuses .* 'float' and 'str'",
+        ),
+        (MUON, r"optimizer.init_args.base \(torch.optim.Muon\) refuses .* only supports 2D"),
     ],
 )
 def test_a_base_that_is_no_optimizer_is_refused_by_its_key(base: Any, message: str) -> None:
@@ -609,10 +618,10 @@ def test_a_base_that_is_no_optimizer_is_refused_by_its_key(base: Any, message: s
 
 def test_fused_is_passed_to_those_who_know_it() -> None:
     weight = [nn.Parameter(torch.zeros(2))]
-    assert build_optimizer("AdamW", weight, key="", fused=True).defaults["fused"] is True
+    assert build_optimizer("AdamW", weight, argument="base", fused=True).defaults["fused"] is True
     spec = {"class_path": "AdamW", "init_args": {"fused": False}}
-    assert build_optimizer(spec, weight, key="", fused=True).defaults["fused"] is False
-    assert "fused" not in build_optimizer("RMSprop", weight, key="", fused=True).defaults
+    assert build_optimizer(spec, weight, argument="base", fused=True).defaults["fused"] is False
+    assert "fused" not in build_optimizer("RMSprop", weight, argument="base", fused=True).defaults
     model = Language()
     made = ema_nesterov(model.parameters(), ADAMW, warmup=0, rest=0, fused=True)
     assert made.defaults["fused"] is True
@@ -622,6 +631,20 @@ def test_fused_is_passed_to_those_who_know_it() -> None:
     ("optimizer", "train", "message"),
     [
         (with_lookahead(total_steps=30), {}, "total_steps is 30, and train.max_tokens = 2560"),
+        (
+            flat(with_lookahead({**BY_ROLE, "init_args": {"hidden_matrices": MUON, "others": 3}})),
+            {},
+            "optimizer.init_args.optimizer.init_args.base.init_args.others must be a name",
+        ),
+        (with_lookahead(flat(ADAMW)), {}, "init_args.base names warmup_stable_decay, which must"),
+        (with_lookahead(with_lookahead()), {}, "init_args.base names ema_nesterov, which must"),
+        (
+            {**BY_ROLE, "init_args": {"hidden_matrices": with_lookahead(MUON), "others": ADAMW}},
+            {},
+            "init_args.hidden_matrices names ema_nesterov, which must be",
+        ),
+        (flat(ADAMW, decay="0.3 "), {}, "optimizer.init_args.decay must be a number of steps"),
+        (flat(ADAMW, decay=1.5), {}, r"decay must be in \[0, 1\] as a fraction"),
         (with_lookahead(warmup=15, rest=10), {}, "warmup \\+ rest must not be longer"),
         (with_lookahead(lookahead_step_size=1.5), {}, "lookahead_step_size must be in"),
         (flat(ADAMW, decay=18), {}, "train.lr_warmup_steps \\+ decay must not be longer"),
@@ -638,7 +661,7 @@ def test_fused_is_passed_to_those_who_know_it() -> None:
 def test_what_contradicts_the_run_is_refused_before_the_first_step(
     optimizer: dict[str, Any], train: dict[str, Any], message: str, run: Run, folder: Path
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         run(optimizer=optimizer, train=train)
     assert not list(folder.rglob("*.pth"))
 

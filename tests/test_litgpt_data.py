@@ -128,9 +128,13 @@ def test_validation_is_the_same_on_every_process_and_in_every_evaluation(
 
 
 def test_too_little_text_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"must hold 20 windows of 4 tokens.* and holds 13"):
+    with pytest.raises(
+        ValueError, match=r"data: the training text must hold 20 windows of 4 tokens.* and holds 13"
+    ):
         make_loader(batch_size=20)
-    with pytest.raises(ValueError, match="validation text must hold one window of 40 tokens"):
+    with pytest.raises(
+        ValueError, match="data: the validation text must hold one window of 40 tokens"
+    ):
         fixed_windows(PARTS, window_size=40, batch_size=1)
 
 

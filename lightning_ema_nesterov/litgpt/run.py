@@ -55,18 +55,19 @@ class LitGPTRun:
         tokens_per_device = int(self.train.max_tokens or 0) // self.fabric.world_size
         return int(tokens_per_device // tokens_per_micro_batch // self.micro_batches)
 
-    def check_total_steps(self, total_steps: int | None) -> int:
+    def check_total_steps(self, total_steps: int | None, *, key: str) -> int:
         """Return the optimizer steps of the run.
 
         Args:
             total_steps: What the user expects, if anything.
+            key: Where in the YAML they say so.
 
         Raises:
             ValueError: If that is not what ``train.max_tokens`` allows.
         """
         if total_steps not in (None, self.total_steps):
             raise ValueError(
-                f"optimizer.init_args.total_steps is {total_steps}, and train.max_tokens = "
+                f"{key} is {total_steps}, and train.max_tokens = "
                 f"{self.train.max_tokens} allows {self.total_steps} optimizer steps of "
                 f"{self.train.global_batch_size} sequences of {self.max_seq_length} tokens. Remove "
                 "total_steps, or make them agree."
