@@ -36,7 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "litgpt.launch": {"litgpt.run"},
     "litgpt.roles": {"litgpt.build", "litgpt.run"},
     "litgpt.run": set(),
-    "litgpt.schedule": {"litgpt.build", "litgpt.run"},
+    "litgpt.schedule": {"litgpt.build", "litgpt.run", "schedule"},
     "litgpt.windows": set(),
     "quickstart": set(),
     "quickstart.corpus": set(),
