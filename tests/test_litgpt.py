@@ -416,8 +416,8 @@ def test_two_processes_equal_one(run: Run, folder: Path) -> None:
     """DDP through the launcher, with Muon, which LitGPT's own FSDP1 cannot run."""
     one = run(out_dir="one", optimizer=flat(with_lookahead(BY_ROLE)))
     arguments = ("--config", "config.yaml", "--devices", "2", "--out_dir", "two")
-    arguments += ("--train.save_interval", "20")
-    finish(start(*arguments, "--strategy", "ddp", folder=folder, program="ema-nesterov"))
+    options = ("--strategy", "ddp", "--train.save_interval", "20")
+    finish(start(*arguments, *options, folder=folder, program="ema-nesterov"))
     # Muon orthogonalises in bfloat16.
     assert relative_error(weights(folder / "two/final"), weights(one / "final")) < 1e-4
     losses, expected = (scalars(out, "val_loss") for out in (folder / "two", one))
