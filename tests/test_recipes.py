@@ -207,6 +207,14 @@ def test_run_has_the_tokens_and_steps_that_the_header_states(name: str) -> None:
     assert f"{expected.num_steps:,} steps of {train.global_batch_size:,} sequences" in header
 
 
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name.startswith("llama")])
+def test_header_and_readme_install_the_same_packages_for_c4(name: str) -> None:
+    header = (RECIPES / name / "base.yaml").read_text().partition("\nmodel_name:")[0]
+    lines = re.findall(r"^#   (pip .*)$", header, re.MULTILINE)
+    assert len(lines) == 2
+    assert "\n".join(lines) in (RECIPES / "README.md").read_text()
+
+
 SECONDS = {"minutes": 60.0, "hours": 3600.0, "days": 86400.0}
 
 
