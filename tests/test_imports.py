@@ -31,7 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "callback": {"direction", "lookahead", "metrics", "schedule", "trainer"},
     "litgpt": {"litgpt.data", "litgpt.factory", "litgpt.roles", "litgpt.schedule"},
     "litgpt.build": set(),
-    "litgpt.data": {"litgpt.windows", "quickstart.corpus"},
+    "litgpt.data": {"litgpt.run", "litgpt.windows", "quickstart.corpus"},
     "litgpt.factory": {"attach", "litgpt.build", "litgpt.run"},
     "litgpt.launch": {"litgpt.run"},
     "litgpt.roles": {"litgpt.build", "litgpt.run"},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import litgpt.__main__
+import numpy as np
 import pytest
 import reference
 import torch
@@ -657,6 +658,7 @@ def test_fused_is_passed_to_those_who_know_it() -> None:
             {},
             "init_args.hidden_matrices names ema_nesterov, which must be",
         ),
+        (with_lookahead(), {"max_tokens": 100}, "train.max_tokens must allow one optimizer step"),
         (flat(ADAMW, decay="0.3 "), {}, "optimizer.init_args.decay must be a number of steps"),
         (flat(ADAMW, decay=1.5), {}, r"decay must be in \[0, 1\] as a fraction"),
         (with_lookahead(warmup=15, rest=10), {}, "warmup \\+ rest must not be longer"),
@@ -678,6 +680,24 @@ def test_what_contradicts_the_run_is_refused_before_the_first_step(
     with pytest.raises((TypeError, ValueError), match=message):
         run(optimizer=optimizer, train=train)
     assert not list(folder.rglob("*.pth"))
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(run: Run, folder: Path) -> None:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, 200
+    for largest in (255, 256):
+        tokens = np.full(200, largest, dtype="<u2")
+        (folder / f"{largest}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    path = "lightning_ema_nesterov.litgpt.TokenShards"
+    one_step = {"max_tokens": ACCUMULATE * MICRO_BATCH * WINDOW, "lr_warmup_steps": 0}
+    run(
+        data={"class_path": path, "init_args": {"train": "255.bin", "val": "255.bin"}},
+        train=one_step,
+    )
+    with pytest.raises(
+        ValueError, match=r"data.init_args.val: 256.bin holds the token id 256, and"
+    ):
+        run(data={"class_path": path, "init_args": {"train": "255.bin", "val": "256.bin"}})
 
 
 def test_a_rest_outside_of_litgpt_needs_the_number_of_steps() -> None:
