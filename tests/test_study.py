@@ -227,6 +227,7 @@ SGD = {"class_path": "SGD", "lrs": [0.1]}
         ({"methods": {"x": None}}, "methods.x must have a class_path"),
         ({"methods": {"x": {"class_path": "GPA", "bases": ["lion"]}}}, "known are sgd, adamw"),
         ({"base_optimizers": {"x": {"class_path": "Adam2", "lrs": [1]}}}, "Adam, AdamW"),
+        ({"base_optimizers": {"x": {"class_path": "torch.nn.ReLU", "lrs": [1]}}}, "another class"),
         ({"base_optimizers": {"x": {**SGD, "init_args": {"betas": 1}}}}, "known are params, lr"),
         ({"base_optimizers": {"x": {**SGD, "lrs": []}}}, "lrs must be learning rates above 0"),
         ({"base_optimizers": {"x": {**SGD, "instead": {"none": SGD, "y": SGD}}}}, "'y' is not"),
