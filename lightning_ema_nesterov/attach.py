@@ -89,7 +89,8 @@ def attach_ema_nesterov(
 
     Raises:
         TypeError: If ``optimizer`` is not a ``torch.optim.Optimizer``.
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range; for FSDP (1) with ``use_orig_params=True``
+            and parameters narrower than float32, whose state it cannot save.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -111,7 +112,9 @@ def attach_ema_nesterov(
     # Fabric's wrapper is not the optimizer; one that holds another as `optimizer` is.
     is_wrapper = type(optimizer).__module__.endswith("fabric.wrappers")
     base_optimizer = cast(Any, optimizer).optimizer if is_wrapper else optimizer
-    lookahead = Lookahead(base_optimizer, schedule, ema_decay=ema_decay, module=module).attach()
+    lookahead = Lookahead(base_optimizer, schedule, ema_decay=ema_decay, module=module)
+    lookahead.sharding.check_can_save()
+    lookahead.attach()
 
     def before_forward(module: nn.Module, args: Any) -> None:
         if module.training and torch.is_grad_enabled():

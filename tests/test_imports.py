@@ -27,8 +27,9 @@ LAYERS: dict[str, set[str]] = {
     "lookahead": {"direction", "functional", "metrics", "schedule", "sharding", "step_hooks"},
     "benchmark": {"direction", "lookahead", "report", "schedule"},
     "attach": {"lookahead", "metrics", "schedule"},
-    "trainer": {"schedule"},
-    "callback": {"direction", "lookahead", "metrics", "schedule", "trainer"},
+    "trainer": {"schedule", "sharding"},
+    "checkpoints": {"trainer"},
+    "callback": {"checkpoints", "direction", "lookahead", "metrics", "schedule", "trainer"},
     "litgpt": {"litgpt.data", "litgpt.factory", "litgpt.roles", "litgpt.schedule"},
     "litgpt.build": set(),
     "litgpt.data": {"litgpt.windows", "quickstart.corpus"},
@@ -47,6 +48,7 @@ LAYERS: dict[str, set[str]] = {
 }
 MAY_IMPORT_LIGHTNING = {
     "callback",
+    "checkpoints",
     "litgpt.launch",
     "litgpt.roles",
     "litgpt.run",
