@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
@@ -599,7 +600,7 @@ def run_one(options: dict[str, Any], folder: Path) -> int:
         result = run_attached(options) if "attach" in options else run(options)
     except SystemExit as end:  # the Trainer's answer to SIGTERM
         return int(end.code or 0)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is not an Exception
         if not options.get("may_fail"):
             raise
         result = {"error": f"{type(error).__name__}: {error}"}
