@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -129,5 +130,10 @@ def attach_ema_nesterov(
     modules = {module, getattr(module, "_forward_module", module)}
     # FSDP2 gathers parameters in a pre-hook of its own, and this one has to come first.
     handles = [m.register_forward_pre_hook(before_forward, prepend=True) for m in modules]
-    handles += [m.register_state_dict_pre_hook(before_state_dict) for m in modules]
+    # Fabric's wrapper asks the module that the user gave it for the state.
+    for m in modules | {getattr(module, "_original_module", module)}:
+        handle = m.register_state_dict_pre_hook(before_state_dict)
+        # FSDP (1) gathers parameters in a hook of its own, for which it is too late to change them.
+        cast("OrderedDict[int, Any]", m._state_dict_pre_hooks).move_to_end(handle.id, last=False)
+        handles.append(handle)
     return EMANesterovHandle(lookahead, handles)

@@ -8,8 +8,9 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy as FabricDDPStrategy
+from lightning.fabric.strategies import FSDPStrategy as FabricFSDPStrategy
 from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallelStrategy
 from lightning.pytorch import Callback, LightningModule, Trainer, strategies
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
@@ -43,7 +46,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, Dataset
 from toys import make_trainer
 from typing_extensions import override
@@ -169,7 +172,7 @@ class Model(LightningModule):
         x = self.embedding(tokens[:, :-1]) * self.scale
         for block in self.blocks:
             if self.options.get("activation_checkpointing"):
-                x = checkpoint(block, x, use_reentrant=False)
+                x = recompute(block, x, use_reentrant=False)
             else:
                 x = block(x)
         logits = self.head(x) * self.temperature
@@ -430,65 +433,122 @@ def shard_blocks(model: Model, mesh: DeviceMesh, **kwargs: Any) -> Model:
     return model
 
 
-def set_up_with_fabric(model: Model, kind: str) -> tuple[Any, Any]:
-    strategy = (
-        FabricDDPStrategy()
-        if kind == "fabric-ddp"
-        else FabricModelParallelStrategy(
+class CPUFabricFSDPStrategy(FabricFSDPStrategy):
+    """As :class:`CPUFSDPStrategy`."""
+
+    @override
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(module, device_id=torch.device("cpu"), **self._fsdp_kwargs)
+
+    @override
+    def module_sharded_context(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def make_fabric(kind: str) -> Fabric:
+    strategies: dict[str, Callable[[], Any]] = {
+        "fabric-ddp": FabricDDPStrategy,
+        "fabric-fsdp1": lambda: CPUFabricFSDPStrategy(auto_wrap_policy=ModuleWrapPolicy({Block})),
+        "fabric-fsdp2": lambda: FabricModelParallelStrategy(
             lambda model, mesh: shard_blocks(model, mesh["data_parallel"]), world_size(), 1
-        )
-    )
-    fabric = Fabric(accelerator="cpu", devices=world_size(), strategy=strategy)
+        ),
+    }
+    fabric = Fabric(accelerator="cpu", devices=world_size(), strategy=strategies[kind]())
     fabric.launch()
-    module = fabric.setup_module(model)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-    return module, fabric.setup_optimizers(optimizer)
+    return fabric
+
+
+@dataclass
+class Attached:
+    """What a loop of one's own trains and saves, with Fabric or without."""
+
+    module: Any
+    optimizer: Any
+    fabric: Fabric | None
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        if self.fabric:
+            return self.fabric.no_backward_sync(self.module)
+        context: AbstractContextManager[None] = getattr(self.module, "no_sync", nullcontext)()
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        if self.fabric:
+            self.fabric.backward(loss)
+        else:
+            loss.backward()
+
+    def save(self, path: str) -> None:
+        if self.fabric:
+            self.fabric.save(path, {"model": self.module, "optimizer": self.optimizer})
+        else:
+            weights, state = get_state_dict(self.module, self.optimizer)
+            checkpoint.save({"weights": weights, "state": state}, checkpoint_id=path)
+
+    def load(self, path: str) -> None:
+        if self.fabric:
+            self.fabric.load(path, {"model": self.module, "optimizer": self.optimizer})
+        else:
+            weights, state = get_state_dict(self.module, self.optimizer)
+            checkpoint.load({"weights": weights, "state": state}, checkpoint_id=path)
+            set_state_dict(
+                self.module, self.optimizer, model_state_dict=weights, optim_state_dict=state
+            )
 
 
 def run_attached(options: dict[str, Any]) -> dict[str, Any]:
-    """A loop in plain PyTorch, with evaluations inside and between accumulation windows."""
+    """Train in a loop of one's own; return the weights."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    accumulate = options.get("accumulate", 1)
     model = Model({"strategy": "attached", **options})
     model.to(getattr(torch, options.get("dtype", "float32")))
     module: Any
     optimizer: Any
-    if options["attach"].startswith("fabric"):
-        module, optimizer = set_up_with_fabric(model, options["attach"])
-        share, num_shares = rank(), world_size()
+    kind, rank_of_share, num_shares = options["attach"], rank(), world_size()
+    if kind.startswith("fabric"):
+        fabric = make_fabric(kind)
+        module = fabric.setup_module(model)
+        optimizer = fabric.setup_optimizers(torch.optim.AdamW(module.parameters(), lr=1e-2))
+        attached = Attached(module, optimizer, fabric)
     else:
-        module, share, num_shares = wrap(model, options)
+        module, rank_of_share, num_shares = wrap(model, options)
         # A foreach kernel takes the tensors of one mesh only.
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, foreach=False)
+        attached = Attached(module, optimizer, None)
+    if options.get("load_first"):
+        attached.load(options["load_first"])
     called = torch.compile(module, backend="eager") if options.get("compile") else module
     if not options.get("plain"):
-        attach_ema_nesterov(optimizer, called, ema_decay=0.9, warmup=1, rest=1, total_steps=8)
-    data = Tokens(2 * accumulate, share, num_shares)
+        handle = attach_ema_nesterov(
+            optimizer, called, ema_decay=0.9, warmup=1, rest=1, total_steps=8
+        )
+        handle.start_at(options.get("start", 0))
+    if options.get("load"):
+        attached.load(options["load"])
+    data = Tokens(2 * options.get("accumulate", 1), rank_of_share, num_shares)
     with without_reshard() if options.get("never_reshard") else nullcontext():
-        train_attached(called, module, optimizer, data, options)
+        train_attached(attached, called, data, options)
     Sharding(module, optimizer).reshard()
-    if options["attach"].startswith("fsdp1"):
+    if "fsdp1" in kind:
         with FullyShardedDataParallel.summon_full_params(module):
-            named = {
-                n.replace("_fsdp_wrapped_module.", ""): p for n, p in module.named_parameters()
-            }
+            named = {n.replace("_fsdp_wrapped_module.", ""): p for n, p in model.named_parameters()}
             weights = {f"weight.{name}": p.detach().clone() for name, p in named.items()}
     else:
         weights = {f"weight.{n}": full(p.detach()).clone() for n, p in model.named_parameters()}
     return {"tensors": weights}
 
 
-def train_attached(
-    called: Any, module: Any, optimizer: Any, data: Tokens, options: dict[str, Any]
-) -> None:
-    accumulate = options.get("accumulate", 1)
-    for idx in range(8 * accumulate):
+def train_attached(attached: Attached, called: Any, data: Tokens, options: dict[str, Any]) -> None:
+    """Evaluations inside and between accumulation windows, and checkpoints where asked."""
+    optimizer, accumulate = attached.optimizer, options.get("accumulate", 1)
+    first, last = options.get("start", 0), options.get("num_steps", 8)
+    for idx in range(first * accumulate, last * accumulate):
         batch = data[idx % len(data)]
         is_last = idx % accumulate == accumulate - 1
-        no_sync = getattr(module, "no_sync", nullcontext)
-        with nullcontext() if is_last else no_sync():
-            (called(batch) / accumulate).backward()
+        with nullcontext() if is_last else attached.no_sync():
+            attached.backward(called(batch) / accumulate)
+        if idx == options.get("save_batch"):
+            attached.save(options["save_in_window"])
         if is_last and options.get("evaluate_after_step"):
             optimizer.step()
             optimizer.zero_grad()
@@ -499,6 +559,8 @@ def train_attached(
         if is_last and not options.get("evaluate_after_step"):
             optimizer.step()
             optimizer.zero_grad()
+    if options.get("save"):
+        attached.save(options["save"])
 
 
 def make_callbacks(options: dict[str, Any]) -> list[Callback]:
@@ -600,7 +662,7 @@ def run_one(options: dict[str, Any], folder: Path) -> int:
         result = run_attached(options) if "attach" in options else run(options)
     except SystemExit as end:  # the Trainer's answer to SIGTERM
         return int(end.code or 0)
-    except (Exception, CheckpointException) as error:  # the latter is not an Exception
+    except (Exception, checkpoint.CheckpointException) as error:  # the latter is not an Exception
         if not options.get("may_fail"):
             raise
         result = {"error": f"{type(error).__name__}: {error}"}

@@ -162,8 +162,13 @@ ATTACHED: dict[str, dict[str, Any]] = {
     "fsdp2": {"attach": "fsdp2"},
     "fsdp2-no-reshard": {"attach": "fsdp2", "reshard_after_forward": False},
     "fabric-ddp": {"attach": "fabric-ddp"},
+    "fabric-fsdp1": {"attach": "fabric-fsdp1"},
     "fabric-fsdp2": {"attach": "fabric-fsdp2"},
 }
+
+
+# torch.distributed.checkpoint without Fabric, which fails for FSDP (1) alone too, and Fabric.
+ATTACHED_SAVED = ("ddp", "fsdp2", "fabric-ddp", "fabric-fsdp1", "fabric-fsdp2")
 
 
 def test_attached_to_a_loop_of_ones_own(folder: Path, one_process: dict[str, Result]) -> None:
@@ -241,23 +246,49 @@ def saved(folder: Path) -> dict[str, Result]:
                 **options,
             }
         )
+    # FSDP alone is stale after an evaluation between backward pass and step.
+    plain = {"plain": True, "evaluate_after_step": True}
+    for name in ATTACHED_SAVED:
+        whole: dict[str, Any] = {"attach": ATTACHED[name]["attach"]}
+        four = {"num_steps": 4, **whole}
+        window = {"accumulate": 2, "save_batch": 8, "save_in_window": str(folder / f"in-{name}")}
+        configs += [
+            {"name": f"attached-whole-{name}", **whole},
+            {"name": f"attached-saved-{name}", "save": str(folder / f"at-{name}"), **four},
+            {"name": f"attached-plain-{name}", "save": str(folder / f"no-{name}"), **plain, **four},
+            {"name": f"attached-window-{name}", **whole, **window},
+            {"name": f"attached-four-{name}", "accumulate": 2, **four},
+        ]
     return launch(folder, 2, configs)
 
 
-def resume(folder: Path, num_processes: int) -> dict[str, Result]:
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def resumed(
+    request: pytest.FixtureRequest, folder: Path, saved: dict[str, Result]
+) -> tuple[int, dict[str, Result]]:
+    num_processes: int = request.param
     configs: list[dict[str, Any]] = []
     for name, base in SAVED:
         tag = f"{name}-{base}"
         common = {"optimizer": base, "load": str(folder / tag), **CHECKPOINTS[name]}
-        configs.append({"name": f"on{num_processes}-{tag}", **common})
-        configs.append({"name": f"loaded{num_processes}-{tag}", "num_steps": 4, **common})
+        configs.append({"name": f"on-{tag}", **common})
+        configs.append({"name": f"loaded-{tag}", "num_steps": 4, **common})
     for name, options in CHECKPOINTS.items():
         plain = {"load": str(folder / f"plain-{name}"), **options}
-        configs.append({"name": f"enabled{num_processes}-{name}", **plain})
-        configs.append({"name": f"zero{num_processes}-{name}", "num_steps": 4, **plain})
+        configs.append({"name": f"enabled-{name}", **plain})
+        configs.append({"name": f"zero-{name}", "num_steps": 4, **plain})
         disabled = {"plain": True, "load": str(folder / f"{name}-adamw"), **options}
-        configs.append({"name": f"disabled{num_processes}-{name}", **disabled})
-    return launch(folder, num_processes, configs)
+        configs.append({"name": f"disabled-{name}", **disabled})
+    for name in ATTACHED_SAVED:
+        four = {"attach": ATTACHED[name]["attach"], "start": 4}
+        at, in_window, no = (str(folder / f"{kind}-{name}") for kind in ("at", "in", "no"))
+        configs += [
+            {"name": f"attached-on-{name}", "load": at, **four},
+            {"name": f"attached-at-{name}", "load": at, "num_steps": 4, **four},
+            {"name": f"attached-in-{name}", "load": in_window, "num_steps": 4, **four},
+            {"name": f"attached-enabled-{name}", "load_first": no, **four},
+        ]
+    return num_processes, launch(folder, num_processes, configs)
 
 
 def test_muon_and_unused_parameters_resume_bitwise(
@@ -375,30 +406,55 @@ def switched(folder: Path, saved: dict[str, Result]) -> dict[str, Result]:
     return launch(folder, 1, configs)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_resume_on_one_two_and_three_processes(
-    num_processes: int, folder: Path, saved: dict[str, Result], switched: dict[str, Result]
+    resumed: tuple[int, dict[str, Result]], saved: dict[str, Result]
 ) -> None:
-    resumed = resume(folder, num_processes)
+    num_processes, results = resumed
     for name, base in SAVED:
         tag = f"{name}-{base}"
-        loaded = resumed[f"loaded{num_processes}-{tag}"]
+        loaded = results[f"loaded-{tag}"]
         assert difference(loaded, saved[f"saved-{tag}"]) == 0.0, tag  # nothing is dropped
         assert loaded["group"] == saved[f"saved-{tag}"]["group"]
-        whole, again = saved[f"whole-{tag}"], resumed[f"on{num_processes}-{tag}"]
+        whole, again = saved[f"whole-{tag}"], results[f"on-{tag}"]
         # Bitwise on the same number of processes, else the rounding of the batch's sums.
         assert difference(again, whole) <= (0.0 if num_processes == 2 else 1e-5), tag
         assert difference(saved[f"saved-{tag}"], whole, "weight") > 1e-3
     state = {key.split(".")[0] for key in saved["saved-fsdp2-adamw"]["tensors"]}
     assert state == {"weight", "exp_avg", "exp_avg_sq", "step", DIRECTION_KEY}
+
+
+def test_method_can_be_switched_on_and_off_at_a_checkpoint(
+    resumed: tuple[int, dict[str, Result]],
+    saved: dict[str, Result],
+    switched: dict[str, Result],
+) -> None:
+    _, results = resumed
     for name in CHECKPOINTS:
-        enabled = resumed[f"enabled{num_processes}-{name}"]
+        enabled, zero = results[f"enabled-{name}"], results[f"zero-{name}"]
         assert enabled["group"]["ema_nesterov_step"] == 8, name  # it goes on where the run is
         assert difference(enabled, switched["one-enabled"]) < 1e-5, name
-        assert difference(resumed[f"zero{num_processes}-{name}"], saved[f"plain-{name}"]) == 0.0
-        disabled = resumed[f"disabled{num_processes}-{name}"]
+        assert difference(zero, saved[f"plain-{name}"]) == 0.0, name
+        disabled = results[f"disabled-{name}"]
         assert difference(disabled, switched["one-disabled"], "weight") < 1e-5, name
-    whole = saved["whole-ddp-adamw"]
     for result in switched.values():
-        assert difference(result, whole, "weight") > 1e-3
+        assert difference(result, saved["whole-ddp-adamw"], "weight") > 1e-3
     assert difference(switched["one-enabled"], switched["one-disabled"], "weight") > 1e-3
+
+
+def test_loop_of_ones_own_resumes_on_one_two_and_three_processes(
+    resumed: tuple[int, dict[str, Result]],
+    saved: dict[str, Result],
+    switched: dict[str, Result],
+) -> None:
+    num_processes, results = resumed
+    for name in ATTACHED_SAVED:
+        whole, four = saved[f"attached-whole-{name}"], saved[f"attached-saved-{name}"]
+        again = results[f"attached-on-{name}"]
+        assert difference(again, whole) <= (0.0 if num_processes == 2 else 1e-5), name
+        assert difference(results[f"attached-at-{name}"], four) == 0.0, name
+        assert difference(four, whole) > 1e-3
+        # In a window x comes back from y, up to one unit in the last place.
+        in_window = results[f"attached-in-{name}"]
+        assert difference(in_window, saved[f"attached-four-{name}"]) < 1e-6, name
+        enabled = results[f"attached-enabled-{name}"]
+        assert difference(enabled, switched["one-enabled"], "weight") < 1e-5, name
