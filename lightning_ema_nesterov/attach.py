@@ -73,6 +73,9 @@ def attach_ema_nesterov(
     return to the iterate for a forward pass in evaluation mode or without gradients, and when
     ``module.state_dict()`` is called, until the next training forward pass.
 
+    Attach before a checkpoint made with the method is loaded, and after one made without it: a
+    distributed checkpoint is read into the state that the optimizer has.
+
     Args:
         optimizer: The optimizer, as ``torch.optim`` or ``Fabric.setup`` gives it.
         module: The outermost module that is called in training: after ``Fabric.setup``, DDP, FSDP,
