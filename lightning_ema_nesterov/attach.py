@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ema_nesterov.direction import EMADirections
 from lightning_ema_nesterov.lookahead import Lookahead
 from lightning_ema_nesterov.metrics import StepMetrics
 from lightning_ema_nesterov.schedule import LookaheadSchedule
@@ -116,7 +117,8 @@ def attach_ema_nesterov(
     # Fabric's wrapper is not the optimizer; one that holds another as `optimizer` is.
     is_wrapper = type(optimizer).__module__.endswith("fabric.wrappers")
     base_optimizer = cast(Any, optimizer).optimizer if is_wrapper else optimizer
-    lookahead = Lookahead(base_optimizer, schedule, ema_decay=ema_decay, module=module)
+    directions = EMADirections(base_optimizer, ema_decay)
+    lookahead = Lookahead(base_optimizer, schedule, directions, module=module)
     lookahead.sharding.check_can_save()
     lookahead.attach()
 

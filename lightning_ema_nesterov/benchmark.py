@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from typing_extensions import override
 
-from lightning_ema_nesterov.direction import DIRECTION_KEY
+from lightning_ema_nesterov.direction import DIRECTION_KEY, EMADirections
 from lightning_ema_nesterov.lookahead import Lookahead
 from lightning_ema_nesterov.report import format_table
 from lightning_ema_nesterov.schedule import LookaheadSchedule
@@ -225,7 +225,8 @@ def _prepare(
 
 
 def _looking(optimizer: Optimizer) -> Lookahead:
-    return Lookahead(optimizer, LookaheadSchedule(STEP_SIZE), ema_decay=EMA_DECAY).attach()
+    directions = EMADirections(optimizer, EMA_DECAY)
+    return Lookahead(optimizer, LookaheadSchedule(STEP_SIZE), directions).attach()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["benchmark", "main", "pretrain", "quickstart"]
+__all__ = ["benchmark", "compare", "main", "pretrain", "quickstart", "report"]
 
 
 def quickstart(
@@ -63,6 +63,42 @@ def benchmark(
     run_benchmark(sizes, num_rounds=num_rounds, num_threads=num_threads, device=device, out=out)
 
 
+def compare(
+    study: Path,
+    *,
+    out_dir: Path | None = None,
+    quick: bool = False,
+    num_workers: int = 1,
+) -> None:
+    """Train all runs of a study: methods, base optimizers, learning rates and seeds.
+
+    A study that was stopped goes on where it stopped.
+
+    Args:
+        study: YAML file that says what is trained. Examples are in recipes/studies.
+        out_dir: Folder of the study. By default out/studies/ and the name of the file.
+        quick: Whether to train its quick form.
+        num_workers: Runs at the same time, at least 1.
+    """
+    from lightning_ema_nesterov.study.compare import run_study
+    from lightning_ema_nesterov.study.load import load_study
+
+    name = study.stem + ("-quick" if quick else "")
+    folder = Path("out/studies", name) if out_dir is None else out_dir
+    run_study(load_study(study, is_quick=quick), folder, num_workers=num_workers)
+
+
+def report(study_dir: Path) -> None:
+    """Write tables and figures of a study from its event files, also of one that is not finished.
+
+    Args:
+        study_dir: Folder that `ema-nesterov compare` wrote.
+    """
+    from lightning_ema_nesterov.study.report import write_report
+
+    write_report(study_dir)
+
+
 def pretrain(*, strategy: Literal["ddp", "fsdp2"] = "ddp") -> None:
     """Run `litgpt pretrain` with DDP or FSDP2 on several devices; it has all of its options.
 
@@ -95,8 +131,13 @@ def main() -> None:
         )
     try:
         auto_cli(
-            {"quickstart": quickstart, "pretrain": pretrain, "benchmark": benchmark},
-            as_positional=False,
+            {
+                "quickstart": quickstart,
+                "compare": compare,
+                "report": report,
+                "pretrain": pretrain,
+                "benchmark": benchmark,
+            }
         )
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"ema-nesterov: {error}")

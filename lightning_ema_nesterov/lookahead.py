@@ -8,21 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_ema_nesterov.direction import EMADirections, Fold
 from lightning_ema_nesterov.functional import extrapolate_, retract_
+from lightning_ema_nesterov.method import Fold, Method
 from lightning_ema_nesterov.metrics import StepMetrics
-from lightning_ema_nesterov.schedule import (
-    MAX_LR_KEY,
-    LookaheadSchedule,
-    check_unit_interval,
-    follow_lr,
-)
+from lightning_ema_nesterov.schedule import MAX_LR_KEY, LookaheadSchedule, follow_lr
 from lightning_ema_nesterov.sharding import Sharding, local
 from lightning_ema_nesterov.step_hooks import StepHooks
 
@@ -52,7 +46,7 @@ class _Pause:
 
 
 class Lookahead:
-    r"""EMA-Nesterov around one base optimizer, which stays the object that the user made.
+    r"""A lookahead method around one base optimizer, which stays the object that the user made.
 
     The owner calls :meth:`extrapolate` before each training forward pass. Hooks on the base
     optimizer do the rest: the fold before it changes a parameter, the next direction after it.
@@ -64,7 +58,7 @@ class Lookahead:
     Args:
         base_optimizer: The optimizer to look ahead for. Its ``step`` must call its closure.
         schedule: Step size :math:`\beta_t` for each step.
-        ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
+        method: What is kept for each parameter, and how a step updates it.
         module: The outermost module; needed where FSDP shards it.
 
     Attributes:
@@ -74,12 +68,14 @@ class Lookahead:
 
     Raises:
         TypeError: If ``base_optimizer`` is not a ``torch.optim.Optimizer``.
-        ValueError: If ``ema_decay`` is not in [0, 1).
 
     Example:
+        >>> import torch
+        >>> from lightning_ema_nesterov.direction import EMADirections
         >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
         >>> optimizer = torch.optim.SGD([weight], lr=0.25)
-        >>> lookahead = Lookahead(optimizer, LookaheadSchedule(0.5), ema_decay=0.5).attach()
+        >>> directions = EMADirections(optimizer, ema_decay=0.5)
+        >>> lookahead = Lookahead(optimizer, LookaheadSchedule(0.5), directions).attach()
         >>> for _ in range(2):
         ...     optimizer.zero_grad()
         ...     lookahead.extrapolate()
@@ -93,8 +89,8 @@ class Lookahead:
         self,
         base_optimizer: Optimizer,
         schedule: LookaheadSchedule,
+        method: Method,
         *,
-        ema_decay: float,
         module: nn.Module | None = None,
     ) -> None:
         if not isinstance(base_optimizer, Optimizer):
@@ -102,11 +98,10 @@ class Lookahead:
                 "base_optimizer must be a torch.optim.Optimizer, got "
                 f"{type(base_optimizer).__module__}.{type(base_optimizer).__qualname__}."
             )
-        check_unit_interval("ema_decay", ema_decay)
         self.base_optimizer = base_optimizer
         self.schedule = schedule
         self.sharding = Sharding(module, base_optimizer)
-        self.directions = EMADirections(base_optimizer, ema_decay, self.sharding)
+        self.method = method
         self.stage = Stage.ITERATE
         self.will_measure = False
         self.metrics: StepMetrics | None = None
@@ -138,7 +133,7 @@ class Lookahead:
         optimizer = self.base_optimizer
         self._handles = [
             *self._hooks.register(),
-            *self.directions.keep_dtype_on_load(),
+            *self.method.keep_dtype_on_load(),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
         optimizer.param_groups[0].setdefault(STEP_KEY, _NO_STEP)  # a place to load it to
@@ -173,10 +168,10 @@ class Lookahead:
         self.stage = Stage.LOOKAHEAD
         for group in self.base_optimizer.param_groups:
             step_size = self.schedule.step_size(self.step_idx, follow_lr(group))
-            params = [p for p in group["params"] if p.requires_grad and self.directions.has(p)]
+            params = [p for p in group["params"] if p.requires_grad and self.method.has(p)]
             if step_size and params:
                 self.sharding.reshard()
-                directions = local(self.directions.of(params))
+                directions = local(self.method.of(params))
                 extrapolate_(local(params), directions, step_size=step_size)
                 self._step_sizes.update(dict.fromkeys(params, step_size))
 
@@ -197,6 +192,7 @@ class Lookahead:
         """Close a window whose step was skipped: back to the iterate, and the schedule goes on."""
         if self.stage is not Stage.ITERATE:
             self.retract()
+            self.method.finish([], step_idx=self.step_idx)
             self.step_idx += 1
 
     def pause(self) -> None:
@@ -249,7 +245,7 @@ class Lookahead:
             for step_size, bucket in self._by_step_size(p for p in params if p.grad is None):
                 self._retract(bucket, step_size)
             for step_size, bucket in self._by_step_size(p for p in params if p.grad is not None):
-                fold = self.directions.begin(bucket, step_size, is_measured=self.will_measure)
+                fold = self.method.begin(bucket, step_size, is_measured=self.will_measure)
                 self._folds.append(fold)
         self.stage = Stage.STEPPING
 
@@ -259,13 +255,13 @@ class Lookahead:
         return found_inf is not None and bool(found_inf.item() > 0)
 
     def _end_step(self) -> None:
-        self.directions.finish(self._folds)
+        self.method.finish(self._folds, step_idx=self.step_idx)
         if self._is_dry_run:
             for fold in self._folds:
-                torch._foreach_zero_(local(fold.buffers))  # m_0, without the fold's rounding error
+                self.method.restart(fold.params)
         else:
             if self.will_measure:
-                self.metrics = self.directions.measure(self._folds)
+                self.metrics = self.method.measure(self._folds, self.sharding)
                 self.will_measure = False
             self.step_idx += 1
         self._close_window()
@@ -279,13 +275,13 @@ class Lookahead:
             for step_size, params in self._by_step_size(self._step_sizes):
                 self._retract(params, step_size)
         for fold in self._folds:
-            self._retract(self.directions.settle(fold), fold.step_size)
+            self._retract(self.method.settle(fold), fold.step_size)
 
     def _retract(self, params: list[Tensor], step_size: float) -> None:
         if step_size:
             # `.data` hides the change from autograd: after a pause the tensors it saved are whole.
             points = local(p.data for p in params)
-            retract_(points, local(self.directions.of(params)), step_size=step_size)
+            retract_(points, local(self.method.of(params)), step_size=step_size)
 
     def _close_window(self) -> None:
         self.stage = Stage.ITERATE

@@ -11,7 +11,15 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-__all__ = ["Comparison", "Point", "compare", "draw_curves", "format_table", "read_scalars"]
+__all__ = [
+    "Comparison",
+    "Point",
+    "compare",
+    "draw_curves",
+    "format_table",
+    "read_scalar",
+    "read_scalars",
+]
 
 
 class Point(NamedTuple):
@@ -54,7 +62,27 @@ class Comparison:
     seconds_to_baseline_final: float | None
 
 
-def read_scalars(log_dir: Path, tag: str) -> list[Point]:
+def read_scalars(log_dir: Path) -> dict[str, list[Point]]:
+    """Read all scalars from the event files of a run.
+
+    Args:
+        log_dir: Folder with the event files.
+
+    Returns:
+        The logged values of each tag, in their order.
+    """
+    accumulator = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    started = accumulator.FirstEventTimestamp() if tags else 0.0
+    # Lightning writes the index of the step that was taken last.
+    return {
+        tag: [Point(e.step + 1, e.wall_time - started, e.value) for e in accumulator.Scalars(tag)]
+        for tag in tags
+    }
+
+
+def read_scalar(log_dir: Path, tag: str) -> list[Point]:
     """Read one scalar from the event files of a run.
 
     Args:
@@ -64,13 +92,10 @@ def read_scalars(log_dir: Path, tag: str) -> list[Point]:
     Raises:
         FileNotFoundError: If the folder holds no value of that tag.
     """
-    accumulator = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    if tag not in accumulator.Tags()["scalars"]:
+    scalars = read_scalars(log_dir)
+    if tag not in scalars:
         raise FileNotFoundError(f"{log_dir} must hold event files with the scalar {tag!r}.")
-    started = accumulator.FirstEventTimestamp()
-    # Lightning writes the index of the step that was taken last.
-    return [Point(e.step + 1, e.wall_time - started, e.value) for e in accumulator.Scalars(tag)]
+    return scalars[tag]
 
 
 def compare(baseline: Sequence[Point], other: Sequence[Point]) -> Comparison:

@@ -54,7 +54,7 @@ class Sharding:
         narrow = [p.dtype for p in params if torch.promote_types(p.dtype, torch.float32) != p.dtype]
         if self._uses_orig_params and narrow:
             raise ValueError(
-                f"EMA-Nesterov keeps a float32 direction, and {len(narrow)} of {len(params)} "
+                f"The method keeps float32 tensors, and {len(narrow)} of {len(params)} "
                 f"parameters are {narrow[0]}: FSDP with use_orig_params=True saves states of one "
                 "dtype only. For checkpoints, use precision='bf16-mixed' or use_orig_params=False."
             )

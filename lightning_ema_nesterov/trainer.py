@@ -37,8 +37,12 @@ _MODULE_HOOKS_IN_WINDOW = (
 )
 
 
-def check_trainer(trainer: Trainer) -> None:
-    """Raise where EMA-Nesterov cannot work.
+def check_trainer(trainer: Trainer, name: str) -> None:
+    """Raise where a lookahead method cannot work.
+
+    Args:
+        trainer: The Trainer, with its strategy set up.
+        name: Of the callback.
 
     Raises:
         MisconfigurationException: For DeepSpeed and XLA, without an optimizer, and for FSDP where
@@ -47,27 +51,27 @@ def check_trainer(trainer: Trainer) -> None:
     strategy = type(trainer.strategy).__name__
     if "DeepSpeed" in strategy or "XLA" in strategy:
         raise MisconfigurationException(
-            f"EMANesterov does not support {strategy}, which changes parameters outside the "
+            f"{name} does not support {strategy}, which changes parameters outside the "
             "optimizer's step. Use DDP, FSDP or ModelParallelStrategy."
         )
     if not trainer.optimizers or isinstance(trainer.optimizers[0], _MockOptimizer):
         raise MisconfigurationException(
-            "EMANesterov needs an optimizer, and configure_optimizers() returned none."
+            f"{name} needs an optimizer, and configure_optimizers() returned none."
         )
     if isinstance(trainer.strategy, FSDPStrategy):
-        _check_fsdp(trainer, trainer.strategy)
+        _check_fsdp(trainer, trainer.strategy, name)
 
 
-def _check_fsdp(trainer: Trainer, strategy: FSDPStrategy) -> None:
+def _check_fsdp(trainer: Trainer, strategy: FSDPStrategy, name: str) -> None:
     for optimizer in trainer.optimizers:
         try:
             Sharding(strategy.model, optimizer).check_can_save()
         except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+            raise MisconfigurationException(f"{name}: {error}") from error
     if strategy._state_dict_type == "full" and strategy.root_device.type == "cpu":
         raise MisconfigurationException(
             "FSDP with state_dict_type='full' crashes the process on a CPU when it saves, with or "
-            "without EMANesterov. Use state_dict_type='sharded'."
+            f"without {name}. Use state_dict_type='sharded'."
         )
 
 

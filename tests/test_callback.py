@@ -1101,7 +1101,8 @@ def test_unsupported_strategies_are_refused(strategy: str) -> None:
 
 def test_two_callbacks_are_refused() -> None:
     with pytest.raises(
-        MisconfigurationException, match="must be in the list of callbacks once, got 2"
+        MisconfigurationException,
+        match="One lookahead callback must be in the list, got 2",
     ):
         make_trainer([EMANesterov(), EMANesterov()], max_steps=10).fit(Toy(adamw), loader(10))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from toys import MakeOptimizer, adamw, equal, momentum, muon, relative_error, sgd
 
-from lightning_ema_nesterov.direction import DIRECTION_KEY
+from lightning_ema_nesterov.direction import DIRECTION_KEY, EMADirections
 from lightning_ema_nesterov.lookahead import STEP_KEY, Lookahead, Stage
 from lightning_ema_nesterov.schedule import MAX_LR_KEY, LookaheadSchedule
 
@@ -39,7 +39,8 @@ def gradients(params: list[Tensor], step_idx: int) -> list[Tensor]:
 def attach(optimizer: Optimizer, **kwargs: Any) -> Lookahead:
     options = {"lookahead_step_size": 0.5, "ema_decay": 0.9, **kwargs}
     ema_decay = options.pop("ema_decay")
-    return Lookahead(optimizer, LookaheadSchedule(**options), ema_decay=ema_decay).attach()
+    directions = EMADirections(optimizer, ema_decay)
+    return Lookahead(optimizer, LookaheadSchedule(**options), directions).attach()
 
 
 def train(lookahead: Lookahead, params: list[nn.Parameter], num_steps: int) -> None:
@@ -648,6 +649,6 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(
         TypeError, match=r"base_optimizer must be a torch.optim.Optimizer, got .*list"
     ):
-        Lookahead([], LookaheadSchedule(0.5), ema_decay=0.9)
+        Lookahead([], LookaheadSchedule(0.5), EMADirections([], 0.9))
     with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\), got 1.0"):
-        Lookahead(sgd(start()), LookaheadSchedule(0.5), ema_decay=1.0)
+        EMADirections(sgd(start()), ema_decay=1.0)

@@ -17,7 +17,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_ema_nesterov.quickstart.corpus import evenly_spaced, load_corpus, shuffled
 from lightning_ema_nesterov.quickstart.model import ByteLanguageModel, trapezoid
-from lightning_ema_nesterov.report import read_scalars
+from lightning_ema_nesterov.report import read_scalar
 
 COMMAND = [sys.executable, "-m", "lightning_ema_nesterov.cli", "quickstart"]
 
@@ -162,19 +162,19 @@ def test_quickstart_trains_compares_and_draws(tmp_path: Path) -> None:
     assert json.loads((folder / "split.json").read_text())["source"] == str(text)
     for name, step_size in (("adamw", 0.0), ("adamw_ema_nesterov", 0.5)):
         assert logged_hyperparameters(folder / name)["lookahead_step_size"] == step_size
-        losses = read_scalars(folder / name, "val_loss")
+        losses = read_scalar(folder / name, "val_loss")
         assert losses[-1].step == 40  # the last step is validated
         assert losses[-1].value < losses[0].value
-        perplexity = read_scalars(folder / name, "val_ppl")[-1].value
+        perplexity = read_scalar(folder / name, "val_ppl")[-1].value
         assert perplexity == pytest.approx(torch.tensor(losses[-1].value).exp().item(), rel=1e-3)
-        assert read_scalars(folder / name, "lr-AdamW")
-        assert read_scalars(folder / name, "hp/val_loss")
+        assert read_scalar(folder / name, "lr-AdamW")
+        assert read_scalar(folder / name, "hp/val_loss")
         assert torch.load(folder / name / "final.ckpt", weights_only=False)["global_step"] == 40
     first = [record["val_loss"][name][0] for name in ("adamw", "adamw_ema_nesterov")]
     assert first[0] == first[1]  # the same start: warmup is not over
     assert record["val_loss"]["adamw"] != record["val_loss"]["adamw_ema_nesterov"]
     for name in ("step_size", "direction_norm", "displacement_norm", "alignment"):
-        assert read_scalars(folder / "adamw_ema_nesterov", f"ema_nesterov/{name}")
+        assert read_scalar(folder / "adamw_ema_nesterov", f"ema_nesterov/{name}")
 
     again = run(*arguments, folder=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -218,7 +218,7 @@ def test_interrupted_run_leaves_logs_and_a_checkpoint_at_the_iterate(tmp_path: P
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) != 0
-    assert read_scalars(folder, "val_loss")
+    assert read_scalar(folder, "val_loss")
     saved = [torch.load(p, weights_only=False) for p in folder.glob("checkpoints/*.ckpt")]
     last = max(saved, key=lambda checkpoint: checkpoint["global_step"])
     assert last["global_step"] >= 60

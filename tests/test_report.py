@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_ema_nesterov.report import Point, compare, draw_curves, format_table, read_scalars
+from lightning_ema_nesterov.report import Point, compare, draw_curves, format_table, read_scalar
 
 BASELINE = [Point(100, 10.0, 3.0), Point(200, 20.0, 1.9), Point(300, 30.0, 2.0)]
 
@@ -17,11 +17,11 @@ def test_scalars_come_back_from_event_files(tmp_path: Path) -> None:
     for step, value in ((49, 2.5), (99, 2.25)):
         logger.log_metrics({"val_loss": value}, step)
     logger.finalize("success")
-    points = read_scalars(tmp_path / "run", "val_loss")
+    points = read_scalar(tmp_path / "run", "val_loss")
     assert [(point.step, point.value) for point in points] == [(50, 2.5), (100, 2.25)]
     assert 0 <= points[0].seconds <= points[1].seconds < 60
     with pytest.raises(FileNotFoundError, match="must hold event files with the scalar 'loss'"):
-        read_scalars(tmp_path / "run", "loss")
+        read_scalar(tmp_path / "run", "loss")
 
 
 def test_comparison_finds_when_the_baseline_is_reached() -> None:

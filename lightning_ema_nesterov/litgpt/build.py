@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-__all__ = ["build_optimizer"]
+__all__ = ["build_optimizer", "import_optimizer"]
 
 
 def build_optimizer(
@@ -37,7 +38,7 @@ def build_optimizer(
         0.5
     """
     path, init_args = _read(spec, key)
-    factory = _import(path, key)
+    factory = import_optimizer(path, key)
     try:
         accepted = inspect.signature(factory).parameters
     except (TypeError, ValueError) as error:
@@ -70,10 +71,23 @@ def _read(spec: str | Mapping[str, Any], key: str) -> tuple[str, dict[str, Any]]
     return spec["class_path"], dict(spec["init_args"])
 
 
-def _import(path: str, key: str) -> Callable[..., object]:
+def import_optimizer(path: str, key: str) -> Callable[..., object]:
+    """Import an optimizer, or a function that returns one.
+
+    Args:
+        path: A dotted path, or the name of an optimizer of ``torch.optim``.
+        key: Where in the YAML this is, for messages.
+
+    Raises:
+        ValueError: If there is none.
+    """
     module, _, name = (path if "." in path else f"torch.optim.{path}").rpartition(".")
     try:
         found: Callable[..., object] = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{key} names {path}, which cannot be imported: {error}.") from error
+        message = f"{key} names {path}, which cannot be imported: {error}."
+        if "." not in path:
+            known = (n for n, c in vars(torch.optim).items() if isinstance(c, type))
+            message += f" Known without a dot are {', '.join(sorted(known))}."
+        raise ValueError(message) from error
     return found

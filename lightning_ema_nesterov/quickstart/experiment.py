@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +17,13 @@ from torch.utils.data import DataLoader
 from lightning_ema_nesterov.callback import EMANesterov
 from lightning_ema_nesterov.quickstart.corpus import Corpus, evenly_spaced, load_corpus, shuffled
 from lightning_ema_nesterov.quickstart.model import ByteLanguageModel
+from lightning_ema_nesterov.quiet import without_advice
 from lightning_ema_nesterov.report import (
     Comparison,
     compare,
     draw_curves,
     format_table,
-    read_scalars,
+    read_scalar,
 )
 
 __all__ = ["Settings", "run_quickstart"]
@@ -98,7 +96,7 @@ def run_quickstart(settings: Settings, *, out_dir: Path, text: Path | None = Non
     print(f"Logs: {run_dir}\nWatch: tensorboard --logdir {run_dir}")
     for name, callbacks in ((BASELINE, []), (TREATED, [callback])):
         print(f"\n{name}: {settings.num_steps} optimizer steps")
-        with _without_advice():
+        with without_advice():
             _train(settings, corpus, run_dir / name, callbacks)
     _report(settings, corpus, run_dir)
     return run_dir
@@ -166,7 +164,7 @@ def _make_trainer(settings: Settings, log_dir: Path, callbacks: Sequence[Callbac
 
 
 def _report(settings: Settings, corpus: Corpus, run_dir: Path) -> None:
-    baseline, treated = (read_scalars(run_dir / name, "val_loss") for name in (BASELINE, TREATED))
+    baseline, treated = (read_scalar(run_dir / name, "val_loss") for name in (BASELINE, TREATED))
     comparison = compare(baseline, treated)
     curves = run_dir / "curves.png"
     draw_curves(
@@ -174,7 +172,7 @@ def _report(settings: Settings, corpus: Corpus, run_dir: Path) -> None:
         baseline,
         treated,
         labels=("AdamW", "AdamW with EMA-Nesterov"),
-        lookahead=read_scalars(run_dir / TREATED, "ema_nesterov/step_size"),
+        lookahead=read_scalar(run_dir / TREATED, "ema_nesterov/step_size"),
         title=f"Quickstart, learning rate {settings.lr:g}, seed {settings.seed}",
     )
     results: dict[str, Any] = {
@@ -214,18 +212,3 @@ def _table(result: Comparison) -> str:
             [TREATED, f"{result.final:.4f}", f"{result.best:.4f}", *reached],
         ]
     )
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Silence Lightning's advice on hardware, loggers and data loader workers."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        warnings.filterwarnings("ignore", ".*LeafSpec.*")
-        logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

@@ -14,18 +14,15 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 from typing_extensions import override
 
-__all__ = ["ByteLanguageModel", "trapezoid"]
+__all__ = ["ByteDecoder", "ByteLanguageModel", "trapezoid"]
 
 NUM_BYTES = 256
 
 
-class ByteLanguageModel(LightningModule):
-    """LitGPT's decoder (rotary positions, RMSNorm, gated MLP) over bytes, trained with AdamW.
+class ByteDecoder(LightningModule):
+    """LitGPT's decoder (rotary positions, RMSNorm, gated MLP) over bytes, without an optimizer.
 
     Args:
-        lr: Peak base learning rate, at least 0.
-        num_steps: Optimizer steps of the run; the learning rate warms up over the first 5 %, is
-            constant, and falls linearly to zero over the last 30 %.
         window_size: Bytes that the model reads at once.
         num_layers: Transformer blocks.
         width: Size of the residual stream, a multiple of ``num_heads``.
@@ -33,18 +30,9 @@ class ByteLanguageModel(LightningModule):
     """
 
     def __init__(
-        self,
-        lr: float,
-        num_steps: int,
-        *,
-        window_size: int = 64,
-        num_layers: int = 2,
-        width: int = 64,
-        num_heads: int = 4,
+        self, *, window_size: int = 64, num_layers: int = 2, width: int = 64, num_heads: int = 4
     ) -> None:
         super().__init__()
-        self.lr = lr
-        self.num_steps = num_steps
         config = Config(
             name="quickstart",
             block_size=window_size,
@@ -83,6 +71,22 @@ class ByteLanguageModel(LightningModule):
     def _predict(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         return self.model(batch[:, :-1]), batch[:, 1:]
 
+
+class ByteLanguageModel(ByteDecoder):
+    """The decoder of the quickstart, trained with AdamW.
+
+    Args:
+        lr: Peak base learning rate, at least 0.
+        num_steps: Optimizer steps of the run; the learning rate warms up over the first 5 %, is
+            constant, and falls linearly to zero over the last 30 %.
+        shape: Arguments of :class:`ByteDecoder`.
+    """
+
+    def __init__(self, lr: float, num_steps: int, **shape: int) -> None:
+        super().__init__(**shape)
+        self.lr = lr
+        self.num_steps = num_steps
+
     @override
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
@@ -95,20 +99,23 @@ class ByteLanguageModel(LightningModule):
         }
 
 
-def trapezoid(step_idx: int, num_steps: int) -> float:
-    """Return the learning rate over its peak: up over 5 % of the run, constant, down over 30 %.
+def trapezoid(step_idx: int, num_steps: int, *, warmup: float = 0.05, decay: float = 0.3) -> float:
+    """Return the learning rate over its peak: linearly up, constant, linearly down to 0.
 
     Args:
         step_idx: Optimizer steps taken so far.
         num_steps: Optimizer steps of the run.
+        warmup: Fraction of the run in which it rises, in [0, 1].
+        decay: Fraction of the run in which it falls, in [0, 1].
 
     Example:
         >>> [trapezoid(step_idx, 100) for step_idx in (0, 4, 50, 85, 100)]
         [0.2, 1.0, 1.0, 0.5, 0.0]
     """
-    num_warmup_steps = max(1, round(0.05 * num_steps))
-    num_decay_steps = max(1, round(0.3 * num_steps))
-    return min(1.0, (step_idx + 1) / num_warmup_steps, (num_steps - step_idx) / num_decay_steps)
+    num_warmup_steps = max(1, round(warmup * num_steps))
+    up = min(1.0, (step_idx + 1) / num_warmup_steps)
+    num_decay_steps = round(decay * num_steps)
+    return min(up, (num_steps - step_idx) / num_decay_steps) if num_decay_steps else up
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,0 +1,166 @@
+"""What a lookahead method keeps for each parameter: where, and how a step updates it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_ema_nesterov.metrics import StepMetrics
+from lightning_ema_nesterov.sharding import Sharding
+
+__all__ = ["Fold", "Method", "wide_dtype"]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Parameters that the base optimizer is stepping together, with one step size.
+
+    Attributes:
+        params: The parameters.
+        buffers: What the method needs after the step, one for each parameter; a direction whose
+            storage is used for it is among them.
+        step_size: Their current step size.
+        previous: Copies of the directions from before, where they are to be measured; ``None``
+            stands for zero.
+        versions: Autograd's counts of in-place changes, from before the base optimizer's step.
+    """
+
+    params: list[Tensor]
+    buffers: list[Tensor]
+    step_size: float
+    previous: list[Tensor | None] = field(default_factory=list)
+    versions: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", [p._version for p in self.params])
+
+    def part(self, *, is_changed: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the parameters that the base optimizer has changed, or not, and their buffers."""
+        rows = zip(self.params, self.buffers, self.versions, strict=True)
+        chosen = [(p, b) for p, b, v in rows if (p._version != v) is is_changed]
+        return [p for p, _ in chosen], [b for _, b in chosen]
+
+
+class Method(ABC):
+    r"""Tensors in ``base_optimizer.state[p]``, and their update around a step of the optimizer.
+
+    Each tensor has the shape of its parameter and is placed like it, so that every strategy saves,
+    gathers and reshards it; in float32 or the parameter's dtype where that is wider.
+    It is made in the first step in which the parameter has a gradient, after the base optimizer:
+    most base optimizers take a parameter with any state for one that they have initialised.
+
+    Args:
+        base_optimizer: The optimizer whose state holds the tensors.
+
+    Attributes:
+        keys: Names of the tensors in the state of a parameter. The first is the direction along
+            which parameters are extrapolated, for methods that have one.
+    """
+
+    keys: tuple[str, ...]
+
+    def __init__(self, base_optimizer: Optimizer) -> None:
+        self.base_optimizer = base_optimizer
+        self._loaded: list[dict[str, Tensor]] = []
+
+    def has(self, p: Tensor) -> bool:
+        """Return whether a parameter has its tensors."""
+        # `state` is a defaultdict: indexing it would give every parameter an empty state.
+        return self.keys[0] in self.base_optimizer.state.get(p, {})
+
+    def of(self, params: Sequence[Tensor], key: str = "") -> list[Tensor]:
+        """Return one tensor of each parameter; without a key the direction."""
+        return [self.base_optimizer.state[p][key or self.keys[0]] for p in params]
+
+    @abstractmethod
+    def begin(self, params: list[Tensor], step_size: float, *, is_measured: bool) -> Fold:
+        """Start the update, right before the base optimizer's step.
+
+        Args:
+            params: Parameters that will be stepped, at their lookahead points.
+            step_size: The step size with which these were made.
+            is_measured: Whether to keep copies of the directions.
+        """
+
+    @abstractmethod
+    def finish(self, folds: list[Fold], *, step_idx: int) -> None:
+        """End the update, right after the base optimizer's step.
+
+        Args:
+            folds: What :meth:`begin` returned.
+            step_idx: Steps taken before this one.
+        """
+
+    @abstractmethod
+    def settle(self, fold: Fold) -> list[Tensor]:
+        """End an update whose step was interrupted.
+
+        Parameters that the base optimizer changed count as stepped. What was kept for the others
+        goes back to what it was.
+
+        Returns:
+            The others; they are still at their lookahead points.
+        """
+
+    @abstractmethod
+    def make_state(self, p: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of a parameter that has not moved yet."""
+
+    @torch.no_grad()
+    def restart(self, params: Sequence[Tensor]) -> None:
+        """Forget a step that was none; rounding can have left something of it."""
+        for p in params:
+            for key, tensor in self.make_state(p).items():
+                self.base_optimizer.state[p][key].copy_(tensor)
+
+    def measure(self, folds: list[Fold], sharding: Sharding) -> StepMetrics | None:
+        """Measure a finished step, where the method can."""
+        return None
+
+    def complete(self) -> None:
+        """Give tensors to parameters that had no gradient, where a checkpoint needs them.
+
+        A distributed checkpoint is read into what a step with all gradients leaves. Where the base
+        optimizer has no state of its own, a parameter without a gradient needs ours.
+        """
+        groups = self.base_optimizer.param_groups
+        params = [p for group in groups for p in group["params"] if p.requires_grad]
+        missing = [p for p in params if not self.has(p)]
+        states = self.base_optimizer.state.values()
+        if missing and all(set(state) == set(self.keys) for state in states):
+            for p in missing:
+                self.base_optimizer.state[p].update(self.make_state(p))
+
+    def keep_dtype_on_load(self) -> list[RemovableHandle]:
+        """Register hooks: ``load_state_dict`` rounds every state to its parameter's dtype."""
+        return [
+            self.base_optimizer.register_load_state_dict_pre_hook(self._before_load),
+            self.base_optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        # Parameters are matched by position, as `load_state_dict` does: their keys can be names.
+        params = [key for group in state_dict["param_groups"] for key in group["params"]]
+        states = [state_dict["state"].get(key, {}) for key in params]
+        self._loaded = [{k: state[k] for k in self.keys if k in state} for state in states]
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for p, loaded in zip(params, self._loaded, strict=True):
+            dtype = wide_dtype(p)
+            for key, tensor in loaded.items():
+                if optimizer.state[p][key].dtype != dtype:
+                    optimizer.state[p][key] = tensor.to(p.device, dtype)
+        self._loaded = []
+
+
+def wide_dtype(p: Tensor) -> torch.dtype:
+    """Return float32, or the parameter's dtype where that is wider."""
+    return torch.promote_types(p.dtype, torch.float32)

@@ -1,0 +1,96 @@
+"""Train the runs of a study that are not finished yet."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lightning_ema_nesterov.study.results import Result, read_event_folder, read_lines, write_line
+from lightning_ema_nesterov.study.spec import Run, Study
+from lightning_ema_nesterov.study.train import train_run
+
+__all__ = ["RUNS", "run_study"]
+
+CONFIG, LINES, RUNS = "study.json", "runs.jsonl", "runs"
+
+
+def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
+    """Train what is left of a study.
+
+    Args:
+        study: The study.
+        out_dir: Its folder, with ``study.json``, one line for each finished run in ``runs.jsonl``,
+            and TensorBoard event files below ``runs``.
+        num_workers: Runs at the same time, at least 1.
+
+    Raises:
+        ValueError: If the folder holds another study.
+    """
+    if num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, got {num_workers}.")
+    _claim(study, out_dir)
+    runs = study.runs()
+    finished = {result.run for result in read_lines(out_dir / LINES)}
+    left = [run for run in runs if run not in finished]
+    print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished. Folder: {out_dir}")
+    print(f"Watch: tensorboard --logdir {out_dir / RUNS}")
+    with tqdm(total=len(runs), initial=len(runs) - len(left), unit="run") as progress:
+        waiting = dict.fromkeys(left)
+        progress.set_description(_describe(waiting, num_workers))
+        for result in _results(study, left, out_dir / RUNS, num_workers):
+            write_line(out_dir / LINES, result)
+            waiting.pop(result.run)
+            outcome = "diverged" if result.is_diverged else f"{result.final:.4f}"
+            progress.set_postfix_str(f"last: {outcome}")
+            progress.set_description(_describe(waiting, num_workers))
+            progress.update()
+    print(f"Report: ema-nesterov report {out_dir}")
+
+
+def _describe(waiting: Iterable[Run], num_workers: int) -> str:
+    running = itertools.islice(waiting, num_workers)
+    return ", ".join(f"{r.base} {r.method} {r.lr:g} seed {r.seed}" for r in running) or "finished"
+
+
+def _claim(study: Study, out_dir: Path) -> None:
+    config = json.loads(json.dumps(study.as_dict()))
+    path = out_dir / CONFIG
+    if not path.exists():
+        if out_dir.exists() and any(out_dir.iterdir()):
+            raise ValueError(f"{out_dir} is not empty and holds no study: give another out_dir.")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config, indent=1))
+        return
+    known = json.loads(path.read_text())
+    different = sorted(key for key in config if config[key] != known.get(key))
+    if different:
+        raise ValueError(
+            f"{out_dir} holds another study: {', '.join(different)} differ. Give another out_dir; "
+            "nothing was changed."
+        )
+
+
+def _results(study: Study, runs: Sequence[Run], root: Path, num_workers: int) -> Iterator[Result]:
+    if num_workers == 1:
+        for run in runs:
+            yield _train(study, run, root)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        futures = [pool.submit(_train, study, run, root) for run in runs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _train(study: Study, run: Run, root: Path) -> Result:
+    train_run(study, run, root)
+    return read_event_folder(root / run.folder)

@@ -1,0 +1,191 @@
+"""What a study trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_ema_nesterov import EMANesterov, peers
+
+__all__ = ["BASELINE", "BaseOptimizer", "MethodSpec", "Run", "Study", "find_class"]
+
+BASELINE = "none"
+"""Name of the method that is none: the base optimizer alone. Every study has it."""
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "EMANesterov": EMANesterov,
+    **{name: getattr(peers, name) for name in peers.__all__},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study.
+
+    Attributes:
+        base: Name of the base optimizer.
+        method: Name of the method.
+        lr: Peak learning rate.
+        seed: Seed of the weights and of the order of the data.
+    """
+
+    base: str
+    method: str
+    lr: float
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where in the study its event file is."""
+        return Path(self.base, self.method, f"lr-{self.lr:g}", f"seed-{self.seed}")
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Run:
+        """Return the run whose event file is in a folder.
+
+        Example:
+            >>> Run.of_folder(Path("runs/adamw/none/lr-0.002/seed-1"))
+            Run(base='adamw', method='none', lr=0.002, seed=1)
+        """
+        base, method, lr, seed = folder.parts[-4:]
+        return cls(base, method, float(lr.removeprefix("lr-")), int(seed.removeprefix("seed-")))
+
+
+@dataclass(frozen=True)
+class BaseOptimizer:
+    """A base optimizer.
+
+    Attributes:
+        class_path: Name of the optimizer, or of a function that takes ``model.parameters()``.
+        lrs: Peak learning rates to try, above 0.
+        init_args: Its other arguments. Where they hold learning rates, as those of ``by_role``,
+            the ratios between them are kept.
+        lr_decay: Fraction of the run in which the learning rate falls; ``None``: the study's.
+        instead: Optimizers in the place of this one, by the name of the method that needs them.
+    """
+
+    class_path: str
+    lrs: list[float]
+    init_args: dict[str, Any] = field(default_factory=dict)
+    lr_decay: float | None = None
+    instead: dict[str, BaseOptimizer] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method: a callback of the Trainer.
+
+    Attributes:
+        class_path: ``EMANesterov``, a name from ``lightning_ema_nesterov.peers``, or the path of a
+            callback of the user's; ``None`` for the baseline.
+        init_args: Its arguments.
+        grid: Values of further arguments. Each combination is a method of its own.
+        bases: Names of the base optimizers that it is for; empty for all.
+    """
+
+    class_path: str | None = None
+    init_args: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    bases: list[str] = field(default_factory=list)
+
+    @property
+    def lookahead_step_size(self) -> float:
+        """Peak lookahead step size, 0 for methods that have none."""
+        if self.class_path is None:
+            return 0.0
+        parameter = inspect.signature(find_class(self.class_path)).parameters.get(
+            "lookahead_step_size"
+        )
+        default = 0.0 if parameter is None else parameter.default
+        return float(self.init_args.get("lookahead_step_size", default))
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: every method on every base optimizer, at each learning rate, over seeds.
+
+    The baseline is also trained at ``lr / (1 - lookahead_step_size)`` for each learning rate of a
+    method with a lookahead step size: a steady update becomes as large there as with the method.
+
+    Attributes:
+        model: ``class_path`` and ``init_args`` of a LightningModule that logs ``val_loss``. Its
+            ``configure_optimizers`` is not used.
+        data: ``class_path`` and ``init_args`` of a LightningDataModule.
+        num_steps: Optimizer steps of each run, a positive multiple of ``num_validations``.
+        base_optimizers: Base optimizers by name.
+        methods: Methods by name.
+        seeds: Seeds, each for every combination.
+        callbacks: ``class_path`` and ``init_args`` of callbacks that every run has.
+        num_validations: Validations of each run, evenly spaced, the last one at the end.
+        lr_warmup: Fraction of the run in which the learning rate rises linearly, in [0, 1].
+        lr_decay: Fraction of the run in which it falls linearly to 0, in [0, 1].
+        gradient_clip_val: Norm to which gradients are clipped; ``None``: not at all.
+        accelerator: As the Trainer names it.
+        num_threads: Threads of torch in each run on a CPU: results depend on it.
+        quick: Attributes of the study that ``--quick`` replaces.
+    """
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    num_steps: int
+    base_optimizers: dict[str, BaseOptimizer]
+    methods: dict[str, MethodSpec]
+    seeds: list[int]
+    callbacks: list[dict[str, Any]] = field(default_factory=list)
+    num_validations: int = 10
+    lr_warmup: float = 0.05
+    lr_decay: float = 0.3
+    gradient_clip_val: float | None = 1.0
+    accelerator: str = "cpu"
+    num_threads: int = 1
+    quick: dict[str, Any] = field(default_factory=dict)
+
+    def runs(self) -> list[Run]:
+        """Return all runs, seed by seed, so that a part of them is a study too."""
+        pairs = itertools.product(self.seeds, self.base_optimizers)
+        return list(dict.fromkeys(run for seed, base in pairs for run in self._runs_of(base, seed)))
+
+    def _runs_of(self, base: str, seed: int) -> Iterator[Run]:
+        for name, method in self.methods.items():
+            if method.bases and base not in method.bases:
+                continue
+            optimizer = self.base_optimizers[base].instead.get(name)
+            for lr in (optimizer or self.base_optimizers[base]).lrs:
+                yield Run(base, name, lr, seed)
+                if optimizer is None:
+                    gained = lr / (1.0 - method.lookahead_step_size)
+                    yield Run(base, BASELINE, float(f"{gained:.3g}"), seed)
+
+    def optimizer_of(self, run: Run) -> BaseOptimizer:
+        """Return the base optimizer of a run."""
+        optimizer = self.base_optimizers[run.base]
+        return optimizer.instead.get(run.method, optimizer)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what decides the results, as plain types."""
+        return dataclasses.asdict(dataclasses.replace(self, quick={}))
+
+
+def find_class(path: str) -> Callable[..., Any]:
+    """Return the method, or whatever class a dotted path names.
+
+    Raises:
+        ValueError: If there is none; the message lists the methods that have a short name.
+    """
+    if path in _METHODS:
+        return _METHODS[path]
+    module, _, name = path.rpartition(".")
+    try:
+        found: Callable[..., Any] = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path!r} is not known: it must be one of {', '.join(_METHODS)}, or the path of a "
+            f"class that can be imported ({error})."
+        ) from error
+    return found
