@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ema_nesterov.checkpoints import is_distributed_checkpoint_without, replace_as_a_whole
 from lightning_ema_nesterov.lookahead import Lookahead
 from lightning_ema_nesterov.trainer import (
     check_trainer,
-    is_distributed_checkpoint_without,
     is_watched_in_window,
     replace_method,
     steps_per_global_step,
@@ -89,6 +89,7 @@ class LookaheadCallback(Callback):
         self._bracket_training_step(trainer)
         self._bracket_save_checkpoint(trainer)
         self._bracket_load_checkpoint(trainer)
+        self._detach.callback(replace_as_a_whole(trainer.strategy))
         self._is_watched_in_window = is_watched_in_window(trainer, self)
 
     @override

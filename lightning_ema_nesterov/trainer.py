@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.distributed.checkpoint import FileSystemReader
 from torch.optim.lr_scheduler import CyclicLR
 
 from lightning_ema_nesterov.schedule import set_max_lr
+from lightning_ema_nesterov.sharding import Sharding
 
 __all__ = [
     "check_trainer",
     "estimate_total_steps",
-    "is_distributed_checkpoint_without",
     "is_watched_in_window",
     "replace_method",
     "steps_per_global_step",
@@ -66,33 +63,16 @@ def check_trainer(trainer: Trainer, name: str) -> None:
 
 
 def _check_fsdp(trainer: Trainer, strategy: FSDPStrategy, name: str) -> None:
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    params = [p for group in groups for p in group["params"]]
-    narrow = [p.dtype for p in params if torch.promote_types(p.dtype, torch.float32) != p.dtype]
-    if strategy.kwargs.get("use_orig_params") and narrow:
-        raise MisconfigurationException(
-            f"{name} keeps float32 tensors, and {len(narrow)} of {len(params)} parameters "
-            f"are {narrow[0]}: FSDP with use_orig_params=True saves states of one dtype only. "
-            "For checkpoints, use precision='bf16-mixed' or use_orig_params=False."
-        )
+    for optimizer in trainer.optimizers:
+        try:
+            Sharding(strategy.model, optimizer).check_can_save()
+        except ValueError as error:
+            raise MisconfigurationException(f"{name}: {error}") from error
     if strategy._state_dict_type == "full" and strategy.root_device.type == "cpu":
         raise MisconfigurationException(
             "FSDP with state_dict_type='full' crashes the process on a CPU when it saves, with or "
             f"without {name}. Use state_dict_type='sharded'."
         )
-
-
-def is_distributed_checkpoint_without(key: str, path: str | Path) -> bool:
-    """Return whether a path is a folder of torch.distributed.checkpoint without a key.
-
-    Args:
-        key: What the name of an entry may end in.
-        path: Path of a checkpoint of any kind, local or not.
-    """
-    if not (Path(path) / ".metadata").is_file():
-        return False
-    metadata = FileSystemReader(path).read_metadata()
-    return not any(name.endswith(key) for name in metadata.state_dict_metadata)
 
 
 def tell_max_lr(trainer: Trainer) -> None:

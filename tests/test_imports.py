@@ -28,12 +28,13 @@ LAYERS: dict[str, set[str]] = {
     "lookahead": {"functional", "method", "metrics", "schedule", "sharding", "step_hooks"},
     "benchmark": {"direction", "lookahead", "report", "schedule"},
     "attach": {"direction", "lookahead", "metrics", "schedule"},
-    "trainer": {"schedule"},
+    "trainer": {"schedule", "sharding"},
+    "checkpoints": {"trainer"},
     "peers": {"peers.gpa", "peers.schedule_free", "peers.slow_weights"},
     "peers.gpa": {"lookahead", "method", "placement", "schedule", "sharding"},
     "peers.schedule_free": {"trainer"},
     "peers.slow_weights": {"lookahead", "method", "placement", "schedule", "sharding"},
-    "placement": {"lookahead", "trainer"},
+    "placement": {"checkpoints", "lookahead", "trainer"},
     "callback": {"direction", "lookahead", "metrics", "placement", "schedule", "trainer"},
     "litgpt": {"litgpt.data", "litgpt.factory", "litgpt.roles", "litgpt.schedule"},
     "litgpt.build": set(),
@@ -85,6 +86,7 @@ LAYERS: dict[str, set[str]] = {
 }
 MAY_IMPORT_LIGHTNING = {
     "callback",
+    "checkpoints",
     "litgpt.launch",
     "litgpt.roles",
     "litgpt.run",
