@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ema_nesterov.metrics import StepMetrics
-from lightning_ema_nesterov.sharding import Sharding
+from lightning_ema_nesterov.sharding import Sharding, local
 
 __all__ = ["Fold", "Method", "wide_dtype"]
 
@@ -75,9 +75,18 @@ class Method(ABC):
         # `state` is a defaultdict: indexing it would give every parameter an empty state.
         return self.keys[0] in self.base_optimizer.state.get(p, {})
 
+    def known_params(self) -> list[Tensor]:
+        """Return all parameters that have their tensors."""
+        groups = self.base_optimizer.param_groups
+        return [p for group in groups for p in group["params"] if self.has(p)]
+
     def of(self, params: Sequence[Tensor], key: str = "") -> list[Tensor]:
         """Return one tensor of each parameter; without a key the direction."""
         return [self.base_optimizer.state[p][key or self.keys[0]] for p in params]
+
+    def read(self, p: Tensor) -> Tensor:
+        """Return the part of a parameter's direction that this process holds."""
+        return local(self.of([p]))[0]
 
     @abstractmethod
     def begin(self, params: list[Tensor], step_size: float, *, is_measured: bool) -> Fold:

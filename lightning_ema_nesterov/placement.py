@@ -40,6 +40,11 @@ class LookaheadCallback(Callback):
         self._is_watched_in_window = False
         self._detach = ExitStack()
 
+    @property
+    def lookaheads(self) -> tuple[Lookahead, ...]:
+        """One for each optimizer; empty outside of fit."""
+        return tuple(self._lookaheads)
+
     @abstractmethod
     def make_lookaheads(self, trainer: Trainer) -> list[Lookahead]:
         """Return one for each optimizer of the Trainer, not attached yet."""

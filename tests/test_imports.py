@@ -30,6 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "attach": {"direction", "lookahead", "metrics", "schedule"},
     "trainer": {"schedule", "sharding"},
     "checkpoints": {"trainer"},
+    "diagnostics": {"callback", "lookahead", "sharding"},
     "peers": {"peers.gpa", "peers.schedule_free", "peers.slow_weights"},
     "peers.gpa": {"lookahead", "method", "placement", "schedule", "sharding"},
     "peers.schedule_free": {"trainer"},
@@ -86,6 +87,7 @@ LAYERS: dict[str, set[str]] = {
 }
 MAY_IMPORT_LIGHTNING = {
     "callback",
+    "diagnostics",
     "checkpoints",
     "litgpt.launch",
     "litgpt.roles",
