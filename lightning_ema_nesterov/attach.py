@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ema_nesterov.direction import EMADirections
 from lightning_ema_nesterov.lookahead import Lookahead
 from lightning_ema_nesterov.metrics import StepMetrics
 from lightning_ema_nesterov.schedule import LookaheadSchedule
+from lightning_ema_nesterov.variants import make_directions
 
 __all__ = ["EMANesterovHandle", "attach_ema_nesterov"]
 
@@ -66,6 +66,9 @@ def attach_ema_nesterov(
     rest: int | float = 0,
     total_steps: int | None = None,
     scale_with_lr: bool = True,
+    compile: bool = False,
+    ends_late: bool = False,
+    direction_dtype: str = "float32",
 ) -> EMANesterovHandle:
     r"""Train with EMA-Nesterov in a loop of your own.
 
@@ -88,6 +91,15 @@ def attach_ema_nesterov(
         rest: Last steps without lookahead, given like ``warmup``; needs ``total_steps``.
         total_steps: Optimizer steps of the run, at least 1.
         scale_with_lr: Whether :math:`\beta_t` follows the learning rate over its maximum.
+        compile: Whether ``torch.compile`` joins passes over memory. From the forward pass to the
+            optimizer's step ``optimizer.state`` then holds the fold of the direction;
+            ``optimizer.state_dict()`` holds the direction, and so does the state in ``at_iterate``.
+        ends_late: With ``compile``: whether the end of an update waits for the next forward pass,
+            which makes it one pass. Between a step and that forward pass, read the direction as
+            with ``compile``, and change or exchange parameters in ``at_iterate`` only.
+        direction_dtype: How directions are stored: ``"float32"``, ``"bfloat16"``, or ``"int8"``
+            for matrices, the last two with stochastic rounding. They save persistent memory; while
+            the optimizer steps, a copy of the parameters is kept.
 
     Returns:
         A handle with ``detach()``.
@@ -114,10 +126,15 @@ def attach_ema_nesterov(
         total_steps=total_steps,
         scale_with_lr=scale_with_lr,
     )
-    # Fabric's wrapper is not the optimizer; one that holds another as `optimizer` is.
-    is_wrapper = type(optimizer).__module__.endswith("fabric.wrappers")
-    base_optimizer = cast(Any, optimizer).optimizer if is_wrapper else optimizer
-    directions = EMADirections(base_optimizer, ema_decay)
+    base_optimizer = _without_wrapper(optimizer)
+    directions = make_directions(
+        base_optimizer,
+        ema_decay,
+        direction_dtype=direction_dtype,
+        compile=compile,
+        ends_late=ends_late,
+        module=module,
+    )
     lookahead = Lookahead(base_optimizer, schedule, directions, module=module)
     lookahead.sharding.check_can_save()
     lookahead.attach()
@@ -142,3 +159,10 @@ def attach_ema_nesterov(
         cast("OrderedDict[int, Any]", m._state_dict_pre_hooks).move_to_end(handle.id, last=False)
         handles.append(handle)
     return EMANesterovHandle(lookahead, handles)
+
+
+def _without_wrapper(optimizer: Optimizer) -> Optimizer:
+    # Fabric's wrapper is not the optimizer; one that holds another as `optimizer` is.
+    if type(optimizer).__module__.endswith("fabric.wrappers"):
+        return cast(Optimizer, cast(Any, optimizer).optimizer)
+    return optimizer

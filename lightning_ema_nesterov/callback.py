@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ema_nesterov.direction import EMADirections
 from lightning_ema_nesterov.lookahead import Lookahead
 from lightning_ema_nesterov.metrics import tag_suffixes
 from lightning_ema_nesterov.placement import LookaheadCallback
@@ -20,7 +19,12 @@ from lightning_ema_nesterov.schedule import (
     check_total_steps,
     check_unit_interval,
 )
-from lightning_ema_nesterov.trainer import estimate_total_steps, tell_max_lr
+from lightning_ema_nesterov.trainer import (
+    estimate_total_steps,
+    is_watched_between_steps,
+    tell_max_lr,
+)
+from lightning_ema_nesterov.variants import check_variant, make_directions
 
 __all__ = ["EMANesterov"]
 
@@ -58,11 +62,18 @@ class EMANesterov(LookaheadCallback):
             largest learning rate seen.
         total_steps: Optimizer steps of the run, at least 1. ``None``: the Trainer's estimate.
             Give it in manual optimization when an optimizer does not step once per batch.
+        compile: Whether ``torch.compile`` joins passes over memory into one. In ``training_step``
+            and up to the optimizer's step ``optimizer.state`` then holds the fold of the direction;
+            ``optimizer.state_dict()`` and every checkpoint hold the direction.
+        direction_dtype: How directions are stored: ``"float32"``, ``"bfloat16"``, or ``"int8"``
+            for matrices, the last two with stochastic rounding. They save persistent memory; while
+            the optimizer steps, a copy of the parameters is kept.
 
     Raises:
         ValueError: If an argument is out of its range.
         MisconfigurationException: When fit starts: for DeepSpeed and XLA, without an optimizer,
-            for a second EMANesterov, and where ``warmup`` and ``rest`` do not fit the run.
+            for a second EMANesterov, where ``warmup`` and ``rest`` do not fit the run, and for
+            FSDP (1) with another ``direction_dtype`` than float32.
         TypeError: When fit starts, for an optimizer that is not a ``torch.optim.Optimizer``.
 
     Example:
@@ -86,6 +97,8 @@ class EMANesterov(LookaheadCallback):
         rest: int | float = 0.15,
         scale_with_lr: bool = True,
         total_steps: int | None = None,
+        compile: bool = False,
+        direction_dtype: str = "float32",
     ) -> None:
         super().__init__()
         check_unit_interval("lookahead_step_size", lookahead_step_size)
@@ -93,12 +106,15 @@ class EMANesterov(LookaheadCallback):
         check_duration("warmup", warmup)
         check_duration("rest", rest)
         check_total_steps(total_steps)
+        check_variant(direction_dtype, compile=compile)
         self.lookahead_step_size = lookahead_step_size
         self.ema_decay = ema_decay
         self.warmup = warmup
         self.rest = rest
         self.scale_with_lr = scale_with_lr
         self.total_steps = total_steps
+        self.compile = compile
+        self.direction_dtype = direction_dtype
 
     @override
     def on_before_optimizer_step(
@@ -126,14 +142,25 @@ class EMANesterov(LookaheadCallback):
     def make_lookaheads(self, trainer: Trainer) -> list[Lookahead]:
         schedule = self._make_schedule(trainer)
         tell_max_lr(trainer)
+        module = trainer.strategy.model
+        ends_late = not is_watched_between_steps(trainer, self)
+        try:
+            methods = [
+                make_directions(
+                    optimizer,
+                    self.ema_decay,
+                    direction_dtype=self.direction_dtype,
+                    compile=self.compile,
+                    ends_late=ends_late,
+                    module=module,
+                )
+                for optimizer in trainer.optimizers
+            ]
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
         return [
-            Lookahead(
-                optimizer,
-                schedule,
-                EMADirections(optimizer, self.ema_decay),
-                module=trainer.strategy.model,
-            )
-            for optimizer in trainer.optimizers
+            Lookahead(optimizer, schedule, method, module=module)
+            for optimizer, method in zip(trainer.optimizers, methods, strict=True)
         ]
 
     def _make_schedule(self, trainer: Trainer) -> LookaheadSchedule:

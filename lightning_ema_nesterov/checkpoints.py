@@ -12,20 +12,21 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lightning_ema_nesterov.trainer import replace_method
 
-__all__ = ["is_distributed_checkpoint_without", "replace_as_a_whole"]
+__all__ = ["keys_of_distributed_checkpoint", "replace_as_a_whole"]
 
 
-def is_distributed_checkpoint_without(key: str, path: str | Path) -> bool:
-    """Return whether a path is a folder of torch.distributed.checkpoint without a key.
+def keys_of_distributed_checkpoint(path: str | Path) -> list[str] | None:
+    """Return the names of the entries of a folder of torch.distributed.checkpoint.
 
     Args:
-        key: What the name of an entry may end in.
         path: Path of a checkpoint of any kind, local or not.
+
+    Returns:
+        The names, or ``None`` for a checkpoint of another kind.
     """
     if not (Path(path) / ".metadata").is_file():
-        return False
-    metadata = FileSystemReader(path).read_metadata()
-    return not any(name.endswith(key) for name in metadata.state_dict_metadata)
+        return None
+    return list(FileSystemReader(path).read_metadata().state_dict_metadata)
 
 
 def replace_as_a_whole(strategy: Strategy) -> Callable[[], None]:

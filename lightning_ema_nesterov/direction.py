@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ema_nesterov.codecs import read_any
 from lightning_ema_nesterov.functional import begin_update_, cancel_update_, finish_update_
 from lightning_ema_nesterov.method import Fold, Method, wide_dtype
 from lightning_ema_nesterov.metrics import StepMetrics, sums_of_step
 from lightning_ema_nesterov.schedule import check_unit_interval
 from lightning_ema_nesterov.sharding import Sharding, local
 
-__all__ = ["DIRECTION_KEY", "EMADirections"]
+__all__ = ["DIRECTION_KEY", "SCALES_KEY", "EMADirections"]
 
 DIRECTION_KEY = "ema_nesterov_direction"
 """Key of the EMA direction in the base optimizer's state of a parameter."""
+
+SCALES_KEY = "ema_nesterov_direction_scales"
+"""Key of what turns the codes of an EMA direction in int8 into numbers."""
 
 
 class EMADirections(Method):
@@ -33,6 +39,7 @@ class EMADirections(Method):
     """
 
     keys = (DIRECTION_KEY,)
+    loadable_keys = (DIRECTION_KEY, SCALES_KEY)
 
     def __init__(self, base_optimizer: Optimizer, ema_decay: float) -> None:
         check_unit_interval("ema_decay", ema_decay)
@@ -73,6 +80,19 @@ class EMADirections(Method):
     @override
     def make_state(self, p: Tensor) -> dict[str, Tensor]:
         return {DIRECTION_KEY: torch.zeros_like(p, dtype=wide_dtype(p))}
+
+    @override
+    def restore(self, p: Tensor, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+        stored = [loaded[key] for key in self.loadable_keys if key in loaded]
+        return {DIRECTION_KEY: read_any(p, stored).to(p.device, wide_dtype(p))}
+
+    @override
+    def check_checkpoint(self, has: Callable[[str], bool]) -> None:
+        if has(SCALES_KEY):
+            raise ValueError(
+                "direction_dtype must be 'int8' to continue this sharded checkpoint, which was "
+                "made with it."
+            )
 
     @override
     def measure(self, folds: list[Fold], sharding: Sharding) -> StepMetrics:

@@ -15,6 +15,7 @@ The third equation needs :math:`x_t`, which the base optimizer has overwritten b
               + (1 - \gamma)\, x_{t+1},
 
 so while the base optimizer steps, the storage of :math:`m` holds the *fold* :math:`b_t`.
+:func:`join_` is all of it in one pass over memory, for a compiler.
 
 References:
     Yau, Li, Glentis, Boreiko, Wai, Hong, *EMA-Nesterov*, 2026. https://arxiv.org/abs/2605.25395
@@ -26,7 +27,16 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-__all__ = ["begin_update_", "cancel_update_", "extrapolate_", "finish_update_", "retract_"]
+__all__ = [
+    "begin_update_",
+    "cancel_update_",
+    "extrapolate_",
+    "finish_update_",
+    "fold_decay",
+    "join_",
+    "join_coefficients",
+    "retract_",
+]
 
 
 @torch.no_grad()
@@ -203,6 +213,47 @@ def cancel_update_(
     decay = fold_decay(ema_decay, step_size)
     torch._foreach_add_(folds, lookaheads, alpha=1.0 - ema_decay)
     torch._foreach_mul_(folds, 1.0 / decay if decay else 0.0)  # folds hold m again
+
+
+def join_(fold: Tensor, iterate: Tensor, coefficients: Tensor) -> None:
+    r"""Finish an update, extrapolate, and begin the next update, in place.
+
+    .. math::
+
+        m_t = b_{t-1} + (1 - \gamma)\, x_t \qquad y_t = x_t + \beta_t\, m_t \qquad
+        b_t = (\gamma + (1 - \gamma)\beta_t)\, m_t - (1 - \gamma)\, y_t
+
+    Args:
+        fold: Fold :math:`b_{t-1}`, overwritten by :math:`b_t`.
+        iterate: Iterate :math:`x_t`, of the same shape and dtype, overwritten by :math:`y_t`.
+        coefficients: What :func:`join_coefficients` returns: a tensor, so that a compiled form
+            serves every step size.
+
+    Example:
+        >>> b, x = torch.tensor([-1.25]), torch.tensor([4.5])  # m = -1.25 + 0.5 * 4.5 = 1
+        >>> join_(b, x, join_coefficients(b, ema_decay=0.5, step_size=0.5, is_fold=True))
+        >>> x, b  # 4.5 + 0.5 * 1, and 0.75 * 1 - 0.5 * 5
+        (tensor([5.]), tensor([-1.7500]))
+    """
+    m = fold + coefficients[0] * iterate
+    y = iterate + coefficients[1] * m
+    iterate.copy_(y)
+    fold.copy_(coefficients[2] * m - coefficients[3] * y)
+
+
+def join_coefficients(like: Tensor, *, ema_decay: float, step_size: float, is_fold: bool) -> Tensor:
+    r"""Return the coefficients of :func:`join_` as a tensor.
+
+    Args:
+        like: Has their dtype and device.
+        ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
+        step_size: Current step size :math:`\beta_t`.
+        is_fold: Whether the former update is still to be finished. Otherwise the first argument of
+            :func:`join_` holds the direction :math:`m_t` already.
+    """
+    last = 1.0 - ema_decay
+    values = [last if is_fold else 0.0, step_size, fold_decay(ema_decay, step_size), last]
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
 
 
 def fold_decay(ema_decay: float, step_size: float) -> float:

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from lightning_ema_nesterov.functional import extrapolate_, retract_
 from lightning_ema_nesterov.method import Fold, Method
 from lightning_ema_nesterov.metrics import StepMetrics
 from lightning_ema_nesterov.schedule import MAX_LR_KEY, LookaheadSchedule, follow_lr
-from lightning_ema_nesterov.sharding import Sharding, local
+from lightning_ema_nesterov.sharding import Sharding
+from lightning_ema_nesterov.stage import Pause, Stage
 from lightning_ema_nesterov.step_hooks import StepHooks
 
 __all__ = ["STEP_KEY", "Lookahead", "Stage"]
@@ -26,23 +24,6 @@ STEP_KEY = "ema_nesterov_step"
 """Key of the number of steps taken, in the base optimizer's first parameter group."""
 
 _NO_STEP = -1
-
-
-class Stage(Enum):
-    """What the parameters hold."""
-
-    ITERATE = "the iterate x"
-    LOOKAHEAD = "the lookahead point y"
-    STEPPING = "what the base optimizer writes; the direction's storage holds the fold"
-    PAUSED = "the iterate x, while what the stage before held is kept aside"
-
-
-@dataclass(frozen=True)
-class _Pause:
-    """What :meth:`Lookahead.resume` puts back: the stage, and pairs of a tensor and its copy."""
-
-    stage: Stage
-    kept: list[tuple[Tensor, Tensor]]
 
 
 class Lookahead:
@@ -64,6 +45,8 @@ class Lookahead:
     Attributes:
         stage: What the parameters hold.
         will_measure: Whether the next step is measured; reset by it.
+        keeps_shards: Whether shards keep their tensors, as zeros, in the rest. A distributed
+            checkpoint without them is refused, unless the loader forgets them first.
         metrics: The step that was measured last.
 
     Raises:
@@ -104,8 +87,9 @@ class Lookahead:
         self.method = method
         self.stage = Stage.ITERATE
         self.will_measure = False
+        self.keeps_shards = True
         self.metrics: StepMetrics | None = None
-        self._pause: _Pause | None = None
+        self._pause: Pause | None = None
         self._step_sizes: dict[Tensor, float] = {}  # parameters at y, and their beta_t
         self._folds: list[Fold] = []
         self._is_dry_run = False
@@ -134,6 +118,7 @@ class Lookahead:
         self._handles = [
             *self._hooks.register(),
             *self.method.keep_dtype_on_load(),
+            optimizer.register_state_dict_pre_hook(lambda _: self.method.make_whole()),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
         optimizer.param_groups[0].setdefault(STEP_KEY, _NO_STEP)  # a place to load it to
@@ -171,8 +156,7 @@ class Lookahead:
             params = [p for p in group["params"] if p.requires_grad and self.method.has(p)]
             if step_size and params:
                 self.sharding.reshard()
-                directions = local(self.method.of(params))
-                extrapolate_(local(params), directions, step_size=step_size)
+                self.method.extrapolate(params, step_size)
                 self._step_sizes.update(dict.fromkeys(params, step_size))
 
     def retract(self) -> None:
@@ -181,6 +165,7 @@ class Lookahead:
         After an exception inside the base optimizer's step, parameters that it changed count as
         stepped, the others go back.
         """
+        self.method.make_whole()
         if self.stage is Stage.ITERATE:
             return
         if self.stage is not Stage.PAUSED:
@@ -200,13 +185,18 @@ class Lookahead:
 
         A copy of the changed tensors is kept aside, so that training goes on from the same numbers.
         """
+        if self.stage is Stage.ITERATE:
+            self.method.make_whole()
         if self.stage in (Stage.ITERATE, Stage.PAUSED):
             return
         self.sharding.reshard()
-        changed = dict.fromkeys(self._step_sizes)
+        begun = dict(self.method.begun)
+        changed = dict.fromkeys([*self._step_sizes, *self.method.tensors_of(list(begun))])
         for fold in self._folds:
-            changed.update(dict.fromkeys(fold.params + fold.buffers))
-        self._pause = _Pause(self.stage, [(tensor, tensor.detach().clone()) for tensor in changed])
+            own = self.method.tensors_of(fold.params)
+            changed.update(dict.fromkeys([*fold.params, *fold.buffers, *own]))
+        kept = [(tensor, tensor.detach().clone()) for tensor in changed]
+        self._pause = Pause(self.stage, kept, begun)
         self._restore_iterate()
         self.stage = Stage.PAUSED
 
@@ -218,6 +208,7 @@ class Lookahead:
         for tensor, kept in self._pause.kept:
             # `.data` hides the change from autograd: the tensors that it saved are whole again.
             tensor.data.copy_(kept)
+        self.method.begun.update(self._pause.begun)
         self.stage, self._pause = self._pause.stage, None
 
     @contextmanager
@@ -240,6 +231,8 @@ class Lookahead:
         self.resume()
         if self._scaler_skips_step():
             self._restore_iterate()
+        elif self.schedule.is_resting(self.step_idx):
+            self.method.free(keeps_shards=self.keeps_shards)
         else:
             params = [p for group in groups for p in group["params"]]
             for step_size, bucket in self._by_step_size(p for p in params if p.grad is None):
@@ -255,14 +248,18 @@ class Lookahead:
         return found_inf is not None and bool(found_inf.item() > 0)
 
     def _end_step(self) -> None:
-        self.method.finish(self._folds, step_idx=self.step_idx)
+        is_resting = self.schedule.is_resting(self.step_idx)
+        if not is_resting:
+            self.method.finish(self._folds, step_idx=self.step_idx)
         if self._is_dry_run:
             for fold in self._folds:
                 self.method.restart(fold.params)
         else:
-            if self.will_measure:
+            if self.will_measure and is_resting:
+                self.metrics = StepMetrics(step_size=0.0)
+            elif self.will_measure:
                 self.metrics = self.method.measure(self._folds, self.sharding)
-                self.will_measure = False
+            self.will_measure = False
             self.step_idx += 1
         self._close_window()
 
@@ -279,15 +276,13 @@ class Lookahead:
 
     def _retract(self, params: list[Tensor], step_size: float) -> None:
         if step_size:
-            # `.data` hides the change from autograd: after a pause the tensors it saved are whole.
-            points = local(p.data for p in params)
-            retract_(points, local(self.method.of(params)), step_size=step_size)
+            self.method.retract(params, step_size)
 
     def _close_window(self) -> None:
         self.stage = Stage.ITERATE
         self._pause = None
-        self._step_sizes = {}
-        self._folds = []
+        self._step_sizes, self._folds = {}, []
+        self.method.begun.clear()
 
     def _by_step_size(self, params: Iterable[Tensor]) -> list[tuple[float, list[Tensor]]]:
         buckets: dict[float, list[Tensor]] = defaultdict(list)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ema_nesterov.functional import extrapolate_, retract_
 from lightning_ema_nesterov.metrics import StepMetrics
 from lightning_ema_nesterov.sharding import Sharding, local
 
@@ -62,12 +65,17 @@ class Method(ABC):
     Attributes:
         keys: Names of the tensors in the state of a parameter. The first is the direction along
             which parameters are extrapolated, for methods that have one.
+        loadable_keys: Names that :meth:`restore` reads in a checkpoint; by default ``keys``.
+        begun: Parameters at their lookahead points whose update :meth:`extrapolate` has begun
+            already, and their step sizes. Empty for methods that begin in :meth:`begin`.
     """
 
     keys: tuple[str, ...]
+    loadable_keys: tuple[str, ...] = ()
 
     def __init__(self, base_optimizer: Optimizer) -> None:
         self.base_optimizer = base_optimizer
+        self.begun: dict[Tensor, float] = {}
         self._loaded: list[dict[str, Tensor]] = []
 
     def has(self, p: Tensor) -> bool:
@@ -87,6 +95,30 @@ class Method(ABC):
     def read(self, p: Tensor) -> Tensor:
         """Return the part of a parameter's direction that this process holds."""
         return local(self.of([p]))[0]
+
+    def tensors_of(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return every tensor that parameters have."""
+        states = [self.base_optimizer.state.get(p, {}) for p in params]
+        return [state[key] for state in states for key in self.keys if key in state]
+
+    def extrapolate(self, params: list[Tensor], step_size: float) -> None:
+        """Move parameters to their lookahead points, in place.
+
+        Args:
+            params: Parameters at their iterates, which have their tensors.
+            step_size: Their step size, not 0.
+        """
+        extrapolate_(local(params), local(self.of(params)), step_size=step_size)
+
+    def retract(self, params: list[Tensor], step_size: float) -> None:
+        """Undo :meth:`extrapolate`, where no step follows."""
+        # `.data` hides the change from autograd: after a pause the tensors it saved are whole.
+        points = local(p.data for p in params)
+        retract_(points, local(self.of(params)), step_size=step_size)
+
+    def make_whole(self) -> None:
+        """Have the state hold what its keys say, where :attr:`begun` or a late end changed it."""
+        return
 
     @abstractmethod
     def begin(self, params: list[Tensor], step_size: float, *, is_measured: bool) -> Fold:
@@ -125,6 +157,7 @@ class Method(ABC):
     @torch.no_grad()
     def restart(self, params: Sequence[Tensor]) -> None:
         """Forget a step that was none; rounding can have left something of it."""
+        self.make_whole()
         for p in params:
             for key, tensor in self.make_state(p).items():
                 self.base_optimizer.state[p][key].copy_(tensor)
@@ -143,9 +176,43 @@ class Method(ABC):
         params = [p for group in groups for p in group["params"] if p.requires_grad]
         missing = [p for p in params if not self.has(p)]
         states = self.base_optimizer.state.values()
-        if missing and all(set(state) == set(self.keys) for state in states):
+        own = set(self.keys)
+        if missing and all(self.keys[0] in state and own.issuperset(state) for state in states):
             for p in missing:
                 self.base_optimizer.state[p].update(self.make_state(p))
+
+    def free(self, *, keeps_shards: bool) -> None:
+        """Drop the tensors of all parameters: no step will need them.
+
+        In a distributed run a parameter keeps them, as zeros, where the base optimizer has no state
+        of its own: FSDP cannot load an empty one.
+
+        Args:
+            keeps_shards: Whether shards keep them too, as zeros.
+        """
+        self.make_whole()
+        own = set(self.keys)
+        is_distributed = dist.is_available() and dist.is_initialized()
+        for p, state in list(self.base_optimizer.state.items()):
+            is_alone = is_distributed and own.issuperset(state)
+            for key in own.intersection(state):
+                if is_alone or (keeps_shards and isinstance(p, DTensor)):
+                    state[key].zero_()
+                else:
+                    del state[key]
+            if not state:
+                del self.base_optimizer.state[p]
+
+    def check_checkpoint(self, has: Callable[[str], bool]) -> None:
+        """Raise where a distributed checkpoint stores tensors in another format.
+
+        Args:
+            has: Whether the checkpoint has an entry for a key.
+
+        Raises:
+            ValueError: With the remedy.
+        """
+        return
 
     def keep_dtype_on_load(self) -> list[RemovableHandle]:
         """Register hooks: ``load_state_dict`` rounds every state to its parameter's dtype."""
@@ -158,16 +225,21 @@ class Method(ABC):
         # Parameters are matched by position, as `load_state_dict` does: their keys can be names.
         params = [key for group in state_dict["param_groups"] for key in group["params"]]
         states = [state_dict["state"].get(key, {}) for key in params]
-        self._loaded = [{k: state[k] for k in self.keys if k in state} for state in states]
+        keys = self.loadable_keys or self.keys
+        self._loaded = [{k: state[k] for k in keys if k in state} for state in states]
 
     def _after_load(self, optimizer: Optimizer) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for p, loaded in zip(params, self._loaded, strict=True):
-            dtype = wide_dtype(p)
-            for key, tensor in loaded.items():
-                if optimizer.state[p][key].dtype != dtype:
-                    optimizer.state[p][key] = tensor.to(p.device, dtype)
+            if loaded:
+                for key in loaded:
+                    del optimizer.state[p][key]
+                optimizer.state[p].update(self.restore(p, loaded))
         self._loaded = []
+
+    def restore(self, p: Tensor, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a parameter from those of a checkpoint."""
+        return {key: tensor.to(p.device, wide_dtype(p)) for key, tensor in loaded.items()}
 
 
 def wide_dtype(p: Tensor) -> torch.dtype:

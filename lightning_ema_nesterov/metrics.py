@@ -9,12 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["StepMetrics", "alignment", "displacement", "sums_of_step", "tag_suffixes"]
+__all__ = [
+    "StepMetrics",
+    "alignment",
+    "displacement",
+    "row_of_step",
+    "sums_of_step",
+    "tag_suffixes",
+]
 
 
 @dataclass(frozen=True)
 class StepMetrics:
     r"""One optimizer step, measured over all parameters of one base optimizer that took it.
+
+    In the rest, where there is no direction, only the step size is known; the others are ``None``.
 
     Attributes:
         step_size: Current step size :math:`\beta_t`, the largest over the parameter groups.
@@ -25,9 +34,9 @@ class StepMetrics:
     """
 
     step_size: float
-    direction_norm: float
-    displacement_norm: float
-    alignment: float
+    direction_norm: float | None = None
+    displacement_norm: float | None = None
+    alignment: float | None = None
 
     @classmethod
     def from_sums(cls, sums: Tensor, step_size: float) -> StepMetrics:
@@ -46,12 +55,13 @@ class StepMetrics:
         )
 
     def as_scalars(self, suffix: str = "") -> dict[str, float]:
-        """Return the TensorBoard tags and values.
+        """Return the TensorBoard tags and values that are known.
 
         Args:
             suffix: Appended to each tag, to tell several optimizers apart.
         """
-        return {f"ema_nesterov/{name}{suffix}": value for name, value in vars(self).items()}
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        return {f"ema_nesterov/{name}{suffix}": value for name, value in known.items()}
 
 
 def tag_suffixes(names: Sequence[str]) -> list[str]:
@@ -131,10 +141,25 @@ def sums_of_step(
     for previous, direction in zip(previous_directions, directions, strict=True):
         m_0 = torch.zeros_like(direction) if previous is None else previous
         moved = displacement(m_0, direction, ema_decay=ema_decay)
-        vectors = [_as_real_vector(tensor) for tensor in (m_0, direction, moved)]
-        squares = [torch.linalg.vector_norm(vector).float().square() for vector in vectors]
-        rows.append(torch.stack([*squares, torch.dot(vectors[0], vectors[2]).float()]))
+        rows.append(row_of_step(m_0, direction, moved))
     return torch.stack(rows) if rows else torch.zeros(0, 4)
+
+
+def row_of_step(before: Tensor, after: Tensor, moved: Tensor) -> Tensor:
+    r"""Return what :func:`sums_of_step` does for one parameter.
+
+    Args:
+        before: EMA direction :math:`m_t`, any shape.
+        after: EMA direction :math:`m_{t+1}`.
+        moved: Displacement :math:`x_{t+1} - x_t`.
+
+    Example:
+        >>> row_of_step(torch.tensor([2.0]), torch.tensor([3.0]), torch.tensor([4.0]))
+        tensor([ 4.,  9., 16.,  8.])
+    """
+    vectors = [_as_real_vector(tensor) for tensor in (before, after, moved)]
+    squares = [torch.linalg.vector_norm(vector).float().square() for vector in vectors]
+    return torch.stack([*squares, torch.dot(vectors[0], vectors[2]).float()])
 
 
 def _as_real_vector(tensor: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ema_nesterov.checkpoints import is_distributed_checkpoint_without, replace_as_a_whole
-from lightning_ema_nesterov.lookahead import Lookahead
+from lightning_ema_nesterov.checkpoints import keys_of_distributed_checkpoint, replace_as_a_whole
+from lightning_ema_nesterov.lookahead import STEP_KEY, Lookahead
 from lightning_ema_nesterov.trainer import (
     check_trainer,
     is_watched_in_window,
@@ -89,6 +89,7 @@ class LookaheadCallback(Callback):
             )
         for lookahead in self.make_lookaheads(trainer):
             self._detach.callback(lookahead.detach)
+            lookahead.keeps_shards = False  # loading forgets them, where a checkpoint lacks them
             self._lookaheads.append(lookahead.attach())
         self._detach.callback(self._lookaheads.clear)
         self._bracket_training_step(trainer)
@@ -184,10 +185,26 @@ class LookaheadCallback(Callback):
         def forget_then_load_checkpoint(path: Any, *args: Any, **kwargs: Any) -> Any:
             # A distributed checkpoint is read into the state that the optimizer has, and lacks what
             # was not saved: on_train_start attaches again.
-            for lookahead in self._lookaheads:
-                if is_distributed_checkpoint_without(lookahead.method.keys[0], path):
-                    lookahead.forget()
+            names = keys_of_distributed_checkpoint(path)
+            if names is not None:
+                for lookahead in self._lookaheads:
+                    _prepare_to_load(lookahead, names)
             return load_checkpoint(path, *args, **kwargs)
 
         undo = replace_method(trainer.strategy, "load_checkpoint", forget_then_load_checkpoint)
         self._detach.callback(undo)
+
+
+def _prepare_to_load(lookahead: Lookahead, names: list[str]) -> None:
+    def has(key: str) -> bool:
+        return any(name.endswith(key) for name in names)
+
+    if has(lookahead.method.keys[0]):
+        try:
+            lookahead.method.check_checkpoint(has)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+    elif has(STEP_KEY):
+        lookahead.detach()  # it was made in the rest
+    else:
+        lookahead.forget()

@@ -112,6 +112,16 @@ class LookaheadSchedule:
             return False
         return step_idx >= self.warmup_steps
 
+    def is_resting(self, step_idx: int) -> bool:
+        """Return whether lookahead is over for good, in a run that has a rest.
+
+        Args:
+            step_idx: Optimizer steps taken before this one, at least 0.
+        """
+        if self.total_steps is None or not self.rest_steps:
+            return False
+        return step_idx >= self.total_steps - self.rest_steps
+
     def step_size(self, step_idx: int, lr_ratio: float = 1.0) -> float:
         r"""Return the current step size :math:`\beta_t`.
 

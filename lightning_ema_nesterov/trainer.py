@@ -8,7 +8,11 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -20,6 +24,7 @@ from lightning_ema_nesterov.sharding import Sharding
 __all__ = [
     "check_trainer",
     "estimate_total_steps",
+    "is_watched_between_steps",
     "is_watched_in_window",
     "replace_method",
     "steps_per_global_step",
@@ -34,6 +39,15 @@ _MODULE_HOOKS_IN_WINDOW = (
     "on_before_batch_transfer",
     "transfer_batch_to_device",
     "on_after_batch_transfer",
+)
+
+# Hooks of the module between an optimizer's step and the next training step.
+_MODULE_HOOKS_BETWEEN_STEPS = (
+    *_MODULE_HOOKS_IN_WINDOW,
+    "lr_scheduler_step",
+    "on_before_zero_grad",
+    "optimizer_step",
+    "optimizer_zero_grad",
 )
 
 
@@ -134,6 +148,28 @@ def is_watched_in_window(trainer: Trainer, own: Callback) -> bool:
                 if is_overridden(hook, callback) or hook in vars(callback):
                     return True
     return False
+
+
+def is_watched_between_steps(trainer: Trainer, own: Callback) -> bool:
+    """Return whether code that is not Lightning's runs between two steps, or changes parameters.
+
+    Validation, checkpoints and the ends of epochs do not count: the callback is told of them.
+
+    Args:
+        trainer: The Trainer.
+        own: The callback that does not count.
+    """
+    module = trainer.lightning_module
+    others = [callback for callback in trainer.callbacks if callback is not own]
+    parts = [*others, trainer.strategy, trainer.precision_plugin]
+    return (
+        not module.automatic_optimization
+        or any(is_overridden(hook, module) for hook in _MODULE_HOOKS_BETWEEN_STEPS)
+        or any(not type(part).__module__.startswith("lightning.") for part in parts)
+        # They run the user's functions, or exchange parameters with averages.
+        or any(isinstance(c, (LambdaCallback, StochasticWeightAveraging)) for c in others)
+        or any("WeightAveraging" in base.__name__ for c in others for base in type(c).__mro__)
+    )
 
 
 def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Callable[[], None]:

@@ -51,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset
 from toys import make_trainer
 from typing_extensions import override
 
-from lightning_ema_nesterov import EMANesterov, attach_ema_nesterov
+from lightning_ema_nesterov import EMANesterov, attach_ema_nesterov, codecs, one_pass
 from lightning_ema_nesterov.direction import DIRECTION_KEY
 from lightning_ema_nesterov.sharding import Sharding, local
 
@@ -320,7 +320,7 @@ class Measures(CountsCommunication):
     @override
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         if self._lookaheads[0].metrics is not None:
-            self.metrics.append(vars(self._lookaheads[0].metrics))
+            self.metrics.append(self._lookaheads[0].metrics.as_scalars())
             self._lookaheads[0].metrics = None
 
 
@@ -563,12 +563,32 @@ def train_attached(attached: Attached, called: Any, data: Tokens, options: dict[
         attached.save(options["save"])
 
 
+def count_kernel_calls() -> list[int]:
+    """Have the compiled kernel note its calls that came back."""
+    calls: list[int] = []
+    compiled = one_pass._compiled
+
+    def counted(*tensors: Tensor) -> None:
+        compiled(*tensors)
+        calls.append(tensors[0].numel())
+
+    one_pass._compiled = counted
+    return calls
+
+
 def make_callbacks(options: dict[str, Any]) -> list[Callback]:
     """The method in the variant that a test asks for, and what records or saves beside it."""
     kind = Measures if options.get("measure") else EMANesterov
     kind = CountsCommunication if options.get("count") else kind
     CountsCommunication.counts, Measures.metrics = [], []
-    callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, rest=1, total_steps=8)
+    forms: dict[str, Any] = {
+        "compile": options.get("compile_method", False),
+        "direction_dtype": options.get("direction_dtype", "float32"),
+    }
+    one_pass._MIN_ELEMENTS = codecs._MIN_ELEMENTS = 1  # the model is small
+    codecs.BLOCK_SIZE = 4
+    forms["rest"] = options.get("rest", 1)
+    callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, total_steps=8, **forms)
     callbacks: list[Callback] = [] if options.get("plain") else [callback]
     if options.get("checkpoints"):
         name = options.get("checkpoint_name", "{step}")  # a fixed name is written over
@@ -624,6 +644,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     train = DataLoader(tokens, batch_size=None)
     is_compiled = options.get("compile") and options["strategy"] != "fsdp2"
     module = torch.compile(model, backend="eager") if is_compiled else model
+    kernel_calls = count_kernel_calls()
     with without_reshard() if options.get("never_reshard") else nullcontext():
         trainer.fit(module, train, val, ckpt_path=options.get("load"))
     if options.get("save"):
@@ -636,6 +657,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
             if key.startswith("ema_nesterov")
         },
         "counts": CountsCommunication.counts,
+        "kernel_calls": kernel_calls,
         "metrics": Measures.metrics,
         "steps": [(c.before, c.after) for c in callbacks if isinstance(c, RecordsSteps)],
     }

@@ -253,6 +253,9 @@ def test_validation_and_checkpoints_of_the_stock_command_hold_the_iterate(stock:
         model, optimizer = checkpoint["model"], checkpoint["optimizer"]
         # Bit for bit: what TensorBoard holds is a float32.
         assert logged[step * ACCUMULATE - 1] == loss_at(model, stock)
+        if step > 18:  # in the rest there is none
+            assert not any(DIRECTION_KEY in state for state in optimizer["state"].values())
+            continue
         m = [state[DIRECTION_KEY] for state in optimizer["state"].values()]
         y = {name: model[name] + 0.5 * m_i for name, m_i in zip(in_order, m, strict=True)}
         assert abs(loss_at({**model, **y}, stock) - loss_at(model, stock)) > 1e-3
@@ -393,8 +396,9 @@ def test_a_checkpoint_without_the_method_continues_with_it(run: Run) -> None:
     step_sizes = scalars(plain, "ema_nesterov/step_size")
     # The clock is LitGPT's: 10 steps without, then one with m = 0, 5 with lookahead, 4 of rest.
     assert list(step_sizes.values()) == [0.0] + [0.5] * 5 + [0.0] * 4
-    direction = load(plain / "final")["optimizer"]["state"][0][DIRECTION_KEY]
-    assert direction.norm() > 0
+    norms = scalars(plain, "ema_nesterov/direction_norm")
+    assert len(norms) == 6  # the rest has no direction
+    assert min(norms.values()) > 0
 
 
 def test_killed_run_continues_bitwise(stock: Path) -> None:

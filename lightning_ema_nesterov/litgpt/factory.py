@@ -33,6 +33,8 @@ def ema_nesterov(
     rest: int | float = 0.15,
     total_steps: int | None = None,
     scale_with_lr: bool = True,
+    compile: bool = False,
+    direction_dtype: str = "float32",
     fused: bool = False,
 ) -> Optimizer:
     r"""Return a base optimizer with EMA-Nesterov attached, for ``optimizer`` in a LitGPT YAML.
@@ -58,6 +60,8 @@ def ema_nesterov(
         total_steps: Optimizer steps of the run. Under ``litgpt pretrain`` they follow from
             ``train.max_tokens``, which a number here must not contradict.
         scale_with_lr: Whether :math:`\beta_t` follows the learning rate over its maximum.
+        compile: Whether ``torch.compile`` joins passes over memory, in LitGPT's loop into one.
+        direction_dtype: How directions are stored: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
         fused: Passed to the base optimizer; LitGPT sets it on CUDA.
 
     Returns:
@@ -85,6 +89,9 @@ def ema_nesterov(
             rest=rest,
             total_steps=total_steps,
             scale_with_lr=scale_with_lr,
+            compile=compile,
+            ends_late=run is not None,  # LitGPT's loop reads nothing between two steps
+            direction_dtype=direction_dtype,
         )
         if run is not None:
             _follow(run, module, handle)
