@@ -53,6 +53,7 @@ from typing_extensions import override
 
 from lightning_ema_nesterov import EMANesterov, attach_ema_nesterov, codecs, one_pass
 from lightning_ema_nesterov.direction import DIRECTION_KEY
+from lightning_ema_nesterov.peers import GPA, SNOO
 from lightning_ema_nesterov.sharding import Sharding, local
 
 GLOBAL_BATCH = 12
@@ -588,7 +589,10 @@ def make_callbacks(options: dict[str, Any]) -> list[Callback]:
     one_pass._MIN_ELEMENTS = codecs._MIN_ELEMENTS = 1  # the model is small
     codecs.BLOCK_SIZE = 4
     forms["rest"] = options.get("rest", 1)
-    callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, total_steps=8, **forms)
+    callback: Callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, total_steps=8, **forms)
+    if "peer" in options:
+        peers = {"gpa": GPA(0.7, 0.9), "snoo": SNOO(3, 0.8, 0.5)}
+        callback = peers[options["peer"]]
     callbacks: list[Callback] = [] if options.get("plain") else [callback]
     if options.get("checkpoints"):
         name = options.get("checkpoint_name", "{step}")  # a fixed name is written over

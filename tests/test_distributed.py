@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,30 @@ def test_muon_and_unused_parameters_resume_bitwise(
     assert torch.equal(unused, torch.ones(3, 2))
 
 
+def test_peers_equal_one_process_and_resume_bitwise(
+    folder: Path, one_process: dict[str, Result]
+) -> None:
+    """With validations between the steps; the outer steps of SNOO are the third and the sixth."""
+    alone = [{"name": peer, "peer": peer, "strategy": "ddp"} for peer in ("gpa", "snoo")]
+    expected = launch(folder, 1, alone)
+    configs: list[dict[str, Any]] = []
+    names = ("ddp", "fsdp1", "fsdp2", "fsdp2-full")
+    for peer, name in itertools.product(expected, names):
+        tag, path = f"{peer}-{name}", str(folder / f"{peer}-{name}")
+        common = {"peer": peer, "validate": True, **CHECKPOINTS[name]}
+        configs.append({"name": f"whole-{tag}", **common})
+        configs.append({"name": f"saved-{tag}", "num_steps": 4, "save": path, **common})
+        configs.append({"name": f"on-{tag}", "load": path, **common})
+    results = launch(folder, 2, configs)
+    for peer, name in itertools.product(expected, names):
+        whole = results[f"whole-{peer}-{name}"]
+        assert difference(whole, expected[peer]) < 1e-5, (peer, name)
+        assert difference(results[f"on-{peer}-{name}"], whole) == 0.0, (peer, name)
+        assert difference(results[f"saved-{peer}-{name}"], whole, "weight") > 1e-3
+        for other in (one_process["one-plain"], one_process["one-adamw"]):
+            assert difference(whole, other, "weight") > 1e-3
+
+
 def test_compiled_kernel_works_on_shards(folder: Path, one_process: dict[str, Result]) -> None:
     names = ("ddp", "fsdp1", "fsdp1-flat", "fsdp2")
     configs = [
@@ -376,7 +401,8 @@ def test_compressed_directions_resume_and_reshard(
 
 def test_checkpoints_made_in_the_rest_have_no_direction_and_resume(folder: Path) -> None:
     """Steps 3 to 7 rest; the checkpoint is of step 4. A longer run then has a direction again."""
-    cases = {(name, base): CHECKPOINTS[name] for name in CHECKPOINTS for base in ("adamw", "sgd")}
+    formats = ("ddp", "fsdp1", "fsdp1-flat", "fsdp2", "fsdp2-full")
+    cases = {(name, base): CHECKPOINTS[name] for name in formats for base in ("adamw", "sgd")}
     configs: list[dict[str, Any]] = []
     for (name, base), options in cases.items():
         path = str(folder / f"rest-{name}-{base}")
