@@ -171,7 +171,7 @@ def test_finished_runs_are_not_repeated_and_missing_ones_are(study_dir: Path) ->
 
 
 def test_study_that_was_killed_goes_on(tmp_path: Path) -> None:
-    """By the command, killed after its first finished run; two workers do the rest."""
+    """By the command, killed after its first finished run, and again with two workers."""
     path = write(tmp_path, num_steps=40)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "lightning_ema_nesterov.cli", "compare", str(path)]
@@ -180,7 +180,7 @@ def test_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*command, "1"], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (out / "runs.jsonl").exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -189,7 +189,19 @@ def test_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     before = read_lines(out / "runs.jsonl")
     assert 1 <= len(before) < 20
 
-    subprocess.run([*command, "2"], env=environment, check=True, capture_output=True)
+    process = subprocess.Popen([*command, "2"], env=environment, stderr=subprocess.DEVNULL)
+    while len(read_lines(out / "runs.jsonl")) == len(before):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()  # it alone: its workers see it
+    process.wait()
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(children) >= 2
+
+    subprocess.run([*command, "1"], env=environment, check=True, capture_output=True)
     after = read_lines(out / "runs.jsonl")
     assert [r.run for r in after[: len(before)]] == [r.run for r in before]
     assert {result.run for result in after} == set(load_study(path).runs())
