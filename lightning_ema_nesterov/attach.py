@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -76,6 +77,9 @@ def attach_ema_nesterov(
     return to the iterate for a forward pass in evaluation mode or without gradients, and when
     ``module.state_dict()`` is called, until the next training forward pass.
 
+    Attach before a checkpoint made with the method is loaded, and after one made without it: a
+    distributed checkpoint is read into the state that the optimizer has.
+
     Args:
         optimizer: The optimizer, as ``torch.optim`` or ``Fabric.setup`` gives it.
         module: The outermost module that is called in training: after ``Fabric.setup``, DDP, FSDP,
@@ -102,7 +106,8 @@ def attach_ema_nesterov(
 
     Raises:
         TypeError: If ``optimizer`` is not a ``torch.optim.Optimizer``.
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range; for FSDP (1) with ``use_orig_params=True``
+            and parameters narrower than float32, whose state it cannot save.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -121,9 +126,7 @@ def attach_ema_nesterov(
         total_steps=total_steps,
         scale_with_lr=scale_with_lr,
     )
-    # Fabric's wrapper is not the optimizer; one that holds another as `optimizer` is.
-    is_wrapper = type(optimizer).__module__.endswith("fabric.wrappers")
-    base_optimizer = cast(Any, optimizer).optimizer if is_wrapper else optimizer
+    base_optimizer = _without_wrapper(optimizer)
     directions = make_directions(
         base_optimizer,
         ema_decay,
@@ -132,7 +135,9 @@ def attach_ema_nesterov(
         ends_late=ends_late,
         module=module,
     )
-    lookahead = Lookahead(base_optimizer, schedule, directions, module=module).attach()
+    lookahead = Lookahead(base_optimizer, schedule, directions, module=module)
+    lookahead.sharding.check_can_save()
+    lookahead.attach()
 
     def before_forward(module: nn.Module, args: Any) -> None:
         if module.training and torch.is_grad_enabled():
@@ -147,5 +152,17 @@ def attach_ema_nesterov(
     modules = {module, getattr(module, "_forward_module", module)}
     # FSDP2 gathers parameters in a pre-hook of its own, and this one has to come first.
     handles = [m.register_forward_pre_hook(before_forward, prepend=True) for m in modules]
-    handles += [m.register_state_dict_pre_hook(before_state_dict) for m in modules]
+    # Fabric's wrapper asks the module that the user gave it for the state.
+    for m in modules | {getattr(module, "_original_module", module)}:
+        handle = m.register_state_dict_pre_hook(before_state_dict)
+        # FSDP (1) gathers parameters in a hook of its own, for which it is too late to change them.
+        cast("OrderedDict[int, Any]", m._state_dict_pre_hooks).move_to_end(handle.id, last=False)
+        handles.append(handle)
     return EMANesterovHandle(lookahead, handles)
+
+
+def _without_wrapper(optimizer: Optimizer) -> Optimizer:
+    # Fabric's wrapper is not the optimizer; one that holds another as `optimizer` is.
+    if type(optimizer).__module__.endswith("fabric.wrappers"):
+        return cast(Optimizer, cast(Any, optimizer).optimizer)
+    return optimizer

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["benchmark", "compare", "main", "pretrain", "quickstart", "report"]
+__all__ = ["benchmark", "compare", "convex", "main", "pretrain", "quickstart", "report"]
 
 
 def quickstart(
@@ -98,6 +98,17 @@ def compare(
     run_study(load_study(study, is_quick=quick), folder, num_workers=num_workers)
 
 
+def convex(*, out: Path = Path("out/convex.jsonl")) -> None:
+    """Measure EMA-Nesterov on convex problems, where theory says what to expect.
+
+    Args:
+        out: File for the results, as JSON lines.
+    """
+    from lightning_ema_nesterov.study.convex import run_convex
+
+    run_convex(out)
+
+
 def report(study_dir: Path) -> None:
     """Write tables and figures of a study from its event files, also of one that is not finished.
 
@@ -145,6 +156,7 @@ def main() -> None:
                 "quickstart": quickstart,
                 "compare": compare,
                 "report": report,
+                "convex": convex,
                 "pretrain": pretrain,
                 "benchmark": benchmark,
             }

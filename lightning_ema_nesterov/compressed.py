@@ -109,6 +109,7 @@ class CompressedDirections(Method):
         """Return the format of one parameter's direction."""
         return codec_for(p, self.direction_dtype)
 
+    @override
     def read(self, p: Tensor) -> Tensor:
         """Return the part of a parameter's direction that this process holds, in float32."""
         return self.codec(p).read(local(self.tensors_of([p])))

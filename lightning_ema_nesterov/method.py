@@ -83,9 +83,18 @@ class Method(ABC):
         # `state` is a defaultdict: indexing it would give every parameter an empty state.
         return self.keys[0] in self.base_optimizer.state.get(p, {})
 
+    def known_params(self) -> list[Tensor]:
+        """Return all parameters that have their tensors."""
+        groups = self.base_optimizer.param_groups
+        return [p for group in groups for p in group["params"] if self.has(p)]
+
     def of(self, params: Sequence[Tensor], key: str = "") -> list[Tensor]:
         """Return one tensor of each parameter; without a key the direction."""
         return [self.base_optimizer.state[p][key or self.keys[0]] for p in params]
+
+    def read(self, p: Tensor) -> Tensor:
+        """Return the part of a parameter's direction that this process holds."""
+        return local(self.of([p]))[0]
 
     def tensors_of(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return every tensor that parameters have."""

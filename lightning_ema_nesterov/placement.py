@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ema_nesterov.checkpoints import keys_of_distributed_checkpoint, replace_as_a_whole
 from lightning_ema_nesterov.lookahead import STEP_KEY, Lookahead
 from lightning_ema_nesterov.trainer import (
     check_trainer,
     is_watched_in_window,
-    keys_of_distributed_checkpoint,
     replace_method,
     steps_per_global_step,
     window_continues,
@@ -39,6 +39,11 @@ class LookaheadCallback(Callback):
         self._lookaheads: list[Lookahead] = []
         self._is_watched_in_window = False
         self._detach = ExitStack()
+
+    @property
+    def lookaheads(self) -> tuple[Lookahead, ...]:
+        """One for each optimizer; empty outside of fit."""
+        return tuple(self._lookaheads)
 
     @abstractmethod
     def make_lookaheads(self, trainer: Trainer) -> list[Lookahead]:
@@ -90,6 +95,7 @@ class LookaheadCallback(Callback):
         self._bracket_training_step(trainer)
         self._bracket_save_checkpoint(trainer)
         self._bracket_load_checkpoint(trainer)
+        self._detach.callback(replace_as_a_whole(trainer.strategy))
         self._is_watched_in_window = is_watched_in_window(trainer, self)
 
     @override

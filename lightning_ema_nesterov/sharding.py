@@ -40,7 +40,24 @@ class Sharding:
         handles = [(m, m._handle) for m in fsdp1]
         self._fsdp1 = [(m, h) for m, h in handles if h is not None and h.uses_sharded_strategy]
         self._fsdp2 = [m for m in modules if isinstance(m, FSDPModule)]
+        self._uses_orig_params = any(h is not None and h._use_orig_params for _, h in handles)
         self._base_optimizer = base_optimizer
+
+    def check_can_save(self) -> None:
+        """Raise where FSDP (1) saves no state that is wider than its parameter.
+
+        Raises:
+            ValueError: For parameters narrower than float32 with ``use_orig_params=True``.
+        """
+        groups = self._base_optimizer.param_groups
+        params = [p for group in groups for p in group["params"]]
+        narrow = [p.dtype for p in params if torch.promote_types(p.dtype, torch.float32) != p.dtype]
+        if self._uses_orig_params and narrow:
+            raise ValueError(
+                f"The method keeps float32 tensors, and {len(narrow)} of {len(params)} "
+                f"parameters are {narrow[0]}: FSDP with use_orig_params=True saves states of one "
+                "dtype only. For checkpoints, use precision='bf16-mixed' or use_orig_params=False."
+            )
 
     @torch.no_grad()
     def reshard(self) -> None:

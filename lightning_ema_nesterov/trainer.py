@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
@@ -18,17 +16,16 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.distributed.checkpoint import FileSystemReader
 from torch.optim.lr_scheduler import CyclicLR
 
 from lightning_ema_nesterov.schedule import set_max_lr
+from lightning_ema_nesterov.sharding import Sharding
 
 __all__ = [
     "check_trainer",
     "estimate_total_steps",
     "is_watched_between_steps",
     "is_watched_in_window",
-    "keys_of_distributed_checkpoint",
     "replace_method",
     "steps_per_global_step",
     "tell_max_lr",
@@ -80,34 +77,16 @@ def check_trainer(trainer: Trainer, name: str) -> None:
 
 
 def _check_fsdp(trainer: Trainer, strategy: FSDPStrategy, name: str) -> None:
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    params = [p for group in groups for p in group["params"]]
-    narrow = [p.dtype for p in params if torch.promote_types(p.dtype, torch.float32) != p.dtype]
-    if strategy.kwargs.get("use_orig_params") and narrow:
-        raise MisconfigurationException(
-            f"{name} keeps float32 tensors, and {len(narrow)} of {len(params)} parameters "
-            f"are {narrow[0]}: FSDP with use_orig_params=True saves states of one dtype only. "
-            "For checkpoints, use precision='bf16-mixed' or use_orig_params=False."
-        )
+    for optimizer in trainer.optimizers:
+        try:
+            Sharding(strategy.model, optimizer).check_can_save()
+        except ValueError as error:
+            raise MisconfigurationException(f"{name}: {error}") from error
     if strategy._state_dict_type == "full" and strategy.root_device.type == "cpu":
         raise MisconfigurationException(
             "FSDP with state_dict_type='full' crashes the process on a CPU when it saves, with or "
             f"without {name}. Use state_dict_type='sharded'."
         )
-
-
-def keys_of_distributed_checkpoint(path: str | Path) -> list[str] | None:
-    """Return the names of the entries of a folder of torch.distributed.checkpoint.
-
-    Args:
-        path: Path of a checkpoint of any kind, local or not.
-
-    Returns:
-        The names, or ``None`` for a checkpoint of another kind.
-    """
-    if not (Path(path) / ".metadata").is_file():
-        return None
-    return list(FileSystemReader(path).read_metadata().state_dict_metadata)
 
 
 def tell_max_lr(trainer: Trainer) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,24 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy as FabricDDPStrategy
+from lightning.fabric.strategies import FSDPStrategy as FabricFSDPStrategy
 from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallelStrategy
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, strategies
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    ShardingStrategy,
+    StateDictType,
+    fully_shard,
+)
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.debug import CommDebugMode
@@ -33,14 +46,15 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, Dataset
 from toys import make_trainer
 from typing_extensions import override
 
 from lightning_ema_nesterov import EMANesterov, attach_ema_nesterov, codecs, one_pass
 from lightning_ema_nesterov.direction import DIRECTION_KEY
-from lightning_ema_nesterov.sharding import Sharding
+from lightning_ema_nesterov.peers import GPA, SNOO
+from lightning_ema_nesterov.sharding import Sharding, local
 
 GLOBAL_BATCH = 12
 MLP_PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
@@ -48,8 +62,8 @@ VOCAB, WIDTH = 13, 10  # 13 rows are divided by neither 2 nor 3 processes
 
 
 class Tokens(Dataset[Tensor]):
-    def __init__(self, num_batches: int, *, is_whole: bool = False) -> None:
-        self.is_whole = is_whole
+    def __init__(self, num_batches: int, rank: int = 0, num_shares: int = 1) -> None:
+        self.rank, self.num_shares = rank, num_shares
         generator = torch.Generator().manual_seed(1)
         self.tokens = torch.randint(VOCAB, (num_batches, GLOBAL_BATCH, 6), generator=generator)
 
@@ -57,29 +71,67 @@ class Tokens(Dataset[Tensor]):
         return len(self.tokens)
 
     def __getitem__(self, idx: int) -> Tensor:
-        """This process's share of a global batch; with tensor parallelism all of it."""
-        if self.is_whole:
-            return self.tokens[idx]
-        return self.share(idx, int(os.environ.get("RANK", "0")), world_size())
-
-    def share(self, idx: int, rank: int, num_shares: int) -> Tensor:
-        size = GLOBAL_BATCH // num_shares
-        return self.tokens[idx, rank * size : (rank + 1) * size]
+        """One process's share of a global batch; those of one tensor-parallel group share it."""
+        size = GLOBAL_BATCH // self.num_shares
+        return self.tokens[idx, self.rank * size : (self.rank + 1) * size]
 
 
-def fail(fault: str) -> None:
-    """Have a process die, raise, or be asked to end."""
-    is_last = int(os.environ.get("RANK", "0")) == world_size() - 1
+def fail(fault: str, *, is_whole_file: bool) -> None:
+    """Have the last process die or raise, all be asked to end, or the next save be cut short."""
+    is_last = rank() == world_size() - 1
+    writes = rank() == 0 if is_whole_file else is_last
     if fault == "kill" and is_last:
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "raise" and is_last:
         raise ZeroDivisionError("on purpose")
     if fault == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
+    if fault in ("kill-in-write", "full-disk") and writes:
+        fail_to_write(fault)
+    if fault == "kill-before-last-file":
+        die_before_last_file()
+
+
+def fail_to_write(fault: str) -> None:
+    """Have a process die in the middle of a write, or find the disk full there.
+
+    The kernel does it: a write past the limit ends the process, as SIGKILL would, or returns an
+    error, as that of a full disk does.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    is_killed = fault == "kill-in-write"
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if is_killed else signal.SIG_IGN)
+
+
+def die_before_last_file() -> None:
+    """Have a process die when the shards of a folder are whole and what goes with them is not."""
+    save = torch.save
+
+    def save_or_die(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(f, Path) and f.name == "meta.pt":
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(obj, f, *args, **kwargs)
+
+    torch.save = save_or_die
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def tensor_parallel_size(options: dict[str, Any]) -> int:
+    """How many processes share each matrix; ``True`` stands for all of them."""
+    chosen = options.get("tensor_parallel", 1)
+    return world_size() if chosen is True else int(chosen)
 
 
 class Block(nn.Module):
@@ -108,6 +160,7 @@ class Model(LightningModule):
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
         self.head.weight = self.embedding.weight
         self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.temperature = nn.Parameter(torch.ones(1))  # all but one process hold none of it
         if options.get("unused"):
             self.unused = nn.Parameter(torch.ones(3, 2))
         if options.get("optimizer") == "muon":  # it takes matrices only
@@ -120,16 +173,16 @@ class Model(LightningModule):
         x = self.embedding(tokens[:, :-1]) * self.scale
         for block in self.blocks:
             if self.options.get("activation_checkpointing"):
-                x = checkpoint(block, x, use_reentrant=False)
+                x = recompute(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        logits = self.head(x)
+        logits = self.head(x) * self.temperature
         return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss: Tensor = self(batch)
         if self.options.get("fault") and len(self.losses) == self.options["fault_batch"]:
-            fail(self.options["fault"])
+            fail(self.options["fault"], is_whole_file=self.options["strategy"] == "ddp")
         self.losses.append(loss.item())
         overflows = len(self.losses) == self.options.get("overflow_batch")
         return loss * (float("inf") if overflows else 1.0)
@@ -144,14 +197,13 @@ class Model(LightningModule):
         self.is_configured = True
         assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
-        # By default FSDP2 keeps the root's parameters after a forward pass, and no others.
         if self.options.get("tensor_parallel"):
             for block in self.blocks:
                 parallelize_module(block, self.device_mesh["tensor_parallel"], MLP_PLAN)
-        chosen = {k: v for k, v in self.options.items() if k == "reshard_after_forward"}
-        for block in self.blocks:
-            fully_shard(block, mesh=mesh, **chosen)
-        fully_shard(self, mesh=mesh, **chosen)
+        if self.options.get("compile"):  # the Trainer takes no compiled module with this strategy
+            for block in self.blocks:
+                block.compile(backend="eager")
+        shard_blocks(self, mesh, **reshard_option(self.options))
 
     @override
     def configure_optimizers(self) -> Any:
@@ -161,6 +213,7 @@ class Model(LightningModule):
         foreach = False if self.options.get("tensor_parallel") else None
         return {
             "adamw": lambda: torch.optim.AdamW(params, lr=1e-2, foreach=foreach),
+            "fused": lambda: torch.optim.AdamW(params, lr=1e-2, fused=True),
             "sgd": lambda: torch.optim.SGD(params, lr=5e-2),
             "muon": lambda: torch.optim.Muon(params, lr=1e-2),
             "momentum": lambda: torch.optim.SGD(params, lr=2e-2, momentum=0.9),
@@ -193,12 +246,14 @@ def make_strategy(options: dict[str, Any]) -> Strategy | str:
             auto_wrap_policy=ModuleWrapPolicy({Block}),
             sharding_strategy=ShardingStrategy[options.get("sharding", "FULL_SHARD")],
             use_orig_params=options.get("use_orig_params", True),
-            state_dict_type=options.get("state_dict_type", "sharded"),
+            state_dict_type=options.get("state_dict_type", "sharded").replace(
+                "full-after-check", "sharded"
+            ),
         )
     if options["strategy"] == "fsdp2":
         return ModelParallelStrategy(
-            data_parallel_size=1 if options.get("tensor_parallel") else world_size(),
-            tensor_parallel_size=world_size() if options.get("tensor_parallel") else 1,
+            data_parallel_size=world_size() // tensor_parallel_size(options),
+            tensor_parallel_size=tensor_parallel_size(options),
             save_distributed_checkpoint=options.get("distributed_checkpoint", True),
         )
     return "auto"
@@ -214,12 +269,7 @@ def gather(trainer: Trainer, model: Model) -> dict[str, Tensor]:
     assert root is not None
     Sharding(root, optimizer).reshard()
     if model.options["strategy"] == "fsdp1":
-        with FullyShardedDataParallel.state_dict_type(
-            root,
-            torch.distributed.fsdp.StateDictType.FULL_STATE_DICT,
-            torch.distributed.fsdp.FullStateDictConfig(offload_to_cpu=False, rank0_only=False),
-            torch.distributed.fsdp.FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=False),
-        ):
+        with full_state_dict_context(root):
             weights = root.state_dict()
             optim = FullyShardedDataParallel.optim_state_dict(root, optimizer)
         states = optim["state"]
@@ -275,24 +325,61 @@ class Measures(CountsCommunication):
             self._lookaheads[0].metrics = None
 
 
-class RecordsChanges(Callback):
-    """Largest change of a parameter and of a direction from one batch to the next."""
+class RecordsSteps(Callback):
+    """What this process holds: x and m after every batch, and y before every step."""
 
     def __init__(self) -> None:
-        self.seen: list[list[Tensor]] = []
+        self.after: list[tuple[Tensor, Tensor]] = []
+        self.before: list[Tensor] = []
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self.before.append(self._params(trainer))
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        Sharding(trainer.strategy.model, trainer.optimizers[0]).reshard()
         optimizer = trainer.optimizers[0]
-        Sharding(trainer.strategy.model, optimizer).reshard()
-        params = optimizer.param_groups[0]["params"]
-        directions = [s[DIRECTION_KEY] for s in optimizer.state.values()]
-        flat = [torch.cat([t.detach().flatten() for t in ts]) for ts in (params, directions)]
-        self.seen.append(flat)
+        # FSDP (1) gives a parameter no gradient where a process holds none of it.
+        directions = [
+            optimizer.state.get(p, {}).get(DIRECTION_KEY, torch.zeros_like(p))
+            for p in optimizer.param_groups[0]["params"]
+        ]
+        flat = torch.cat([m.detach().flatten() for m in local(directions)])
+        self.after.append((self._params(trainer), flat))
 
-    def changes(self) -> list[list[float]]:
-        pairs = zip(self.seen, self.seen[1:], strict=False)
-        return [[float((b - a).abs().max()) for a, b in zip(*pair, strict=True)] for pair in pairs]
+    def _params(self, trainer: Trainer) -> Tensor:
+        params = local(trainer.optimizers[0].param_groups[0]["params"])
+        return torch.cat([p.detach().flatten() for p in params])
+
+
+class SavesInPlace(Callback):
+    """Saves as Lightning does without the method: into the folder of the former checkpoint."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        del vars(trainer.strategy)["save_checkpoint"]
+
+
+class SavesWholeFile(Callback):
+    """Chooses FSDP1's full state dict after the check that refuses it on a CPU.
+
+    It crashes there where torch offloads it; without that, the code is the same.
+    """
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.strategy._state_dict_type = "full"
+        vars(strategies.fsdp)["_get_full_state_dict_context"] = full_state_dict_context
+
+
+def full_state_dict_context(module: nn.Module, **kwargs: Any) -> Any:
+    return FullyShardedDataParallel.state_dict_type(
+        module,
+        StateDictType.FULL_STATE_DICT,
+        FullStateDictConfig(offload_to_cpu=False, rank0_only=False),
+        FullOptimStateDictConfig(offload_to_cpu=False, rank0_only=False),
+    )
 
 
 def make_plugins(options: dict[str, Any]) -> list[Any]:
@@ -309,80 +396,160 @@ def make_plugins(options: dict[str, Any]) -> list[Any]:
 
 def wrap(model: Model, options: dict[str, Any]) -> tuple[nn.Module, int, int]:
     """Return the module to call, and which share of the batch it gets."""
-    kind, rank = options["attach"], int(os.environ.get("RANK", "0"))
+    kind = options["attach"]
     if kind == "ddp":
-        return DistributedDataParallel(model), rank, world_size()
-    if kind == "fsdp1":
+        return DistributedDataParallel(model), rank(), world_size()
+    if kind.startswith("fsdp1"):
+        is_hybrid = kind == "fsdp1-hybrid"
         wrapped = FullyShardedDataParallel(
             model,
             auto_wrap_policy=ModuleWrapPolicy({Block}),
             sharding_strategy=ShardingStrategy[options.get("sharding", "FULL_SHARD")],
-            use_orig_params=True,
+            use_orig_params=options.get("use_orig_params", True),
             device_id=torch.device("cpu"),
+            device_mesh=init_device_mesh("cpu", (2, 2)) if is_hybrid else None,
         )
-        return wrapped, rank, world_size()
-    if kind == "fsdp2":
-        mesh = init_device_mesh("cpu", (world_size(),))
+        return wrapped, rank(), world_size()
+    # Two dimensions: the MLPs are split, or all is replicated, over one; all is split over another.
+    two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")) if world_size() == 4 else None
+    if kind == "tp":
+        assert two is not None
         for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        return model, rank, world_size()
-    # Two dimensions: the MLPs are split over the second, everything over the first.
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    for block in model.blocks:
-        parallelize_module(block, mesh["tensor"], MLP_PLAN)
-        fully_shard(block, mesh=mesh["data"])
-    fully_shard(model, mesh=mesh["data"])
-    return model, rank // 2, 2
+            parallelize_module(block, two["b"], MLP_PLAN)
+        shard_blocks(model, two["a"], **reshard_option(options))
+        return model, rank() // 2, 2
+    shard_blocks(model, two or init_device_mesh("cpu", (world_size(),)), **reshard_option(options))
+    return model, rank(), world_size()
 
 
-def shard_blocks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shard a model as Fabric asks for it."""
-    assert isinstance(model, Model)
+def reshard_option(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k == "reshard_after_forward"}
+
+
+def shard_blocks(model: Model, mesh: DeviceMesh, **kwargs: Any) -> Model:
+    """Shard as FSDP2 is meant to be used: by default it keeps the root's parameters gathered."""
     for block in model.blocks:
-        fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(model, mesh=mesh["data_parallel"])
+        fully_shard(block, mesh=mesh, **kwargs)
+    fully_shard(model, mesh=mesh, **kwargs)
     return model
 
 
-def set_up_with_fabric(model: Model, kind: str) -> tuple[Any, Any]:
-    strategy = (
-        FabricDDPStrategy()
-        if kind == "fabric-ddp"
-        else FabricModelParallelStrategy(shard_blocks, world_size(), tensor_parallel_size=1)
-    )
-    fabric = Fabric(accelerator="cpu", devices=world_size(), strategy=strategy)
+class CPUFabricFSDPStrategy(FabricFSDPStrategy):
+    """As :class:`CPUFSDPStrategy`."""
+
+    @override
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(module, device_id=torch.device("cpu"), **self._fsdp_kwargs)
+
+    @override
+    def module_sharded_context(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def make_fabric(kind: str) -> Fabric:
+    strategies: dict[str, Callable[[], Any]] = {
+        "fabric-ddp": FabricDDPStrategy,
+        "fabric-fsdp1": lambda: CPUFabricFSDPStrategy(auto_wrap_policy=ModuleWrapPolicy({Block})),
+        "fabric-fsdp2": lambda: FabricModelParallelStrategy(
+            lambda model, mesh: shard_blocks(model, mesh["data_parallel"]), world_size(), 1
+        ),
+    }
+    fabric = Fabric(accelerator="cpu", devices=world_size(), strategy=strategies[kind]())
     fabric.launch()
-    module = fabric.setup_module(model)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-    return module, fabric.setup_optimizers(optimizer)
+    return fabric
+
+
+@dataclass
+class Attached:
+    """What a loop of one's own trains and saves, with Fabric or without."""
+
+    module: Any
+    optimizer: Any
+    fabric: Fabric | None
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        if self.fabric:
+            return self.fabric.no_backward_sync(self.module)
+        context: AbstractContextManager[None] = getattr(self.module, "no_sync", nullcontext)()
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        if self.fabric:
+            self.fabric.backward(loss)
+        else:
+            loss.backward()
+
+    def save(self, path: str) -> None:
+        if self.fabric:
+            self.fabric.save(path, {"model": self.module, "optimizer": self.optimizer})
+        else:
+            weights, state = get_state_dict(self.module, self.optimizer)
+            checkpoint.save({"weights": weights, "state": state}, checkpoint_id=path)
+
+    def load(self, path: str) -> None:
+        if self.fabric:
+            self.fabric.load(path, {"model": self.module, "optimizer": self.optimizer})
+        else:
+            weights, state = get_state_dict(self.module, self.optimizer)
+            checkpoint.load({"weights": weights, "state": state}, checkpoint_id=path)
+            set_state_dict(
+                self.module, self.optimizer, model_state_dict=weights, optim_state_dict=state
+            )
 
 
 def run_attached(options: dict[str, Any]) -> dict[str, Any]:
-    """A loop in plain PyTorch, with evaluations inside and between accumulation windows."""
+    """Train in a loop of one's own; return the weights."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    accumulate = options.get("accumulate", 1)
     model = Model({"strategy": "attached", **options})
+    model.to(getattr(torch, options.get("dtype", "float32")))
     module: Any
     optimizer: Any
-    if options["attach"].startswith("fabric"):
-        module, optimizer = set_up_with_fabric(model, options["attach"])
-        rank, num_shares = dist.get_rank(), world_size()
+    kind, rank_of_share, num_shares = options["attach"], rank(), world_size()
+    if kind.startswith("fabric"):
+        fabric = make_fabric(kind)
+        module = fabric.setup_module(model)
+        optimizer = fabric.setup_optimizers(torch.optim.AdamW(module.parameters(), lr=1e-2))
+        attached = Attached(module, optimizer, fabric)
     else:
-        module, rank, num_shares = wrap(model, options)
+        module, rank_of_share, num_shares = wrap(model, options)
         # A foreach kernel takes the tensors of one mesh only.
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, foreach=False)
+        attached = Attached(module, optimizer, None)
+    if options.get("load_first"):
+        attached.load(options["load_first"])
     called = torch.compile(module, backend="eager") if options.get("compile") else module
     if not options.get("plain"):
-        attach_ema_nesterov(optimizer, called, ema_decay=0.9, warmup=1, rest=1, total_steps=8)
-    data = Tokens(2 * accumulate)
-    for idx in range(8 * accumulate):
-        batch = data.share(idx % len(data), rank, num_shares)
+        handle = attach_ema_nesterov(
+            optimizer, called, ema_decay=0.9, warmup=1, rest=1, total_steps=8
+        )
+        handle.start_at(options.get("start", 0))
+    if options.get("load"):
+        attached.load(options["load"])
+    data = Tokens(2 * options.get("accumulate", 1), rank_of_share, num_shares)
+    with without_reshard() if options.get("never_reshard") else nullcontext():
+        train_attached(attached, called, data, options)
+    Sharding(module, optimizer).reshard()
+    if "fsdp1" in kind:
+        with FullyShardedDataParallel.summon_full_params(module):
+            named = {n.replace("_fsdp_wrapped_module.", ""): p for n, p in model.named_parameters()}
+            weights = {f"weight.{name}": p.detach().clone() for name, p in named.items()}
+    else:
+        weights = {f"weight.{n}": full(p.detach()).clone() for n, p in model.named_parameters()}
+    return {"tensors": weights}
+
+
+def train_attached(attached: Attached, called: Any, data: Tokens, options: dict[str, Any]) -> None:
+    """Evaluations inside and between accumulation windows, and checkpoints where asked."""
+    optimizer, accumulate = attached.optimizer, options.get("accumulate", 1)
+    first, last = options.get("start", 0), options.get("num_steps", 8)
+    for idx in range(first * accumulate, last * accumulate):
+        batch = data[idx % len(data)]
         is_last = idx % accumulate == accumulate - 1
-        no_sync = getattr(module, "no_sync", nullcontext)
-        with nullcontext() if is_last else no_sync():
-            (called(batch) / accumulate).backward()
+        with nullcontext() if is_last else attached.no_sync():
+            attached.backward(called(batch) / accumulate)
+        if idx == options.get("save_batch"):
+            attached.save(options["save_in_window"])
         if is_last and options.get("evaluate_after_step"):
             optimizer.step()
             optimizer.zero_grad()
@@ -393,16 +560,8 @@ def run_attached(options: dict[str, Any]) -> dict[str, Any]:
         if is_last and not options.get("evaluate_after_step"):
             optimizer.step()
             optimizer.zero_grad()
-    Sharding(module, optimizer).reshard()
-    if options["attach"] == "fsdp1":
-        with FullyShardedDataParallel.summon_full_params(module):
-            named = {
-                n.replace("_fsdp_wrapped_module.", ""): p for n, p in module.named_parameters()
-            }
-            weights = {f"weight.{name}": p.detach().clone() for name, p in named.items()}
-    else:
-        weights = {f"weight.{n}": full(p.detach()).clone() for n, p in model.named_parameters()}
-    return {"tensors": weights}
+    if options.get("save"):
+        attached.save(options["save"])
 
 
 def count_kernel_calls() -> list[int]:
@@ -430,20 +589,36 @@ def make_callbacks(options: dict[str, Any]) -> list[Callback]:
     one_pass._MIN_ELEMENTS = codecs._MIN_ELEMENTS = 1  # the model is small
     codecs.BLOCK_SIZE = 4
     forms["rest"] = options.get("rest", 1)
-    callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, total_steps=8, **forms)
+    callback: Callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, total_steps=8, **forms)
+    if "peer" in options:
+        peers = {"gpa": GPA(0.7, 0.9), "snoo": SNOO(3, 0.8, 0.5)}
+        callback = peers[options["peer"]]
     callbacks: list[Callback] = [] if options.get("plain") else [callback]
     if options.get("checkpoints"):
+        name = options.get("checkpoint_name", "{step}")  # a fixed name is written over
         callbacks.append(
             ModelCheckpoint(
                 options["checkpoints"],
-                "{step}",
-                save_top_k=-1,
+                name,
+                save_top_k=-1 if name == "{step}" else 1,
                 save_on_exception=options.get("fault") == "terminate",
             )
         )
-    if options.get("overflow_batch"):
-        callbacks.append(RecordsChanges())
+    if options.get("record"):
+        callbacks.append(RecordsSteps())
+    if options.get("in_place"):
+        callbacks.append(SavesInPlace())
+    if options.get("state_dict_type") == "full-after-check":
+        callbacks.append(SavesWholeFile())
     return callbacks
+
+
+@contextmanager
+def without_reshard() -> Iterator[None]:
+    reshard = Sharding.reshard
+    Sharding.reshard = lambda self: None  # type: ignore[method-assign]
+    yield
+    Sharding.reshard = reshard  # type: ignore[method-assign]
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
@@ -455,23 +630,27 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         enable_checkpointing="checkpoints" in options,
         max_epochs=options.get("num_steps", 8) // 2,
         strategy=make_strategy(options),
-        devices=world_size(),
+        devices=local_world_size(),
+        num_nodes=world_size() // local_world_size(),
         accumulate_grad_batches=accumulate,
         precision=None if plugins else options.get("precision", "32-true"),
         plugins=plugins,
         val_check_interval=options.get("val_check_interval", 1.0),
         use_distributed_sampler=False,
     )
-    val = DataLoader(Tokens(1), batch_size=None) if options.get("validate") else None
-    is_whole = options.get("tensor_parallel", False)
-    train = DataLoader(Tokens(2 * accumulate, is_whole=is_whole), batch_size=None)
-    module = torch.compile(model, backend="eager") if options.get("compile") else model
-    reshard = Sharding.reshard
-    if options.get("never_reshard"):
-        Sharding.reshard = lambda self: None  # type: ignore[method-assign]
+    val = (
+        DataLoader(Tokens(1, rank(), world_size()), batch_size=None)
+        if options.get("validate")
+        else None
+    )
+    size = tensor_parallel_size(options)
+    tokens = Tokens(2 * accumulate, rank() // size, world_size() // size)
+    train = DataLoader(tokens, batch_size=None)
+    is_compiled = options.get("compile") and options["strategy"] != "fsdp2"
+    module = torch.compile(model, backend="eager") if is_compiled else model
     kernel_calls = count_kernel_calls()
-    trainer.fit(module, train, val, ckpt_path=options.get("load"))
-    Sharding.reshard = reshard  # type: ignore[method-assign]
+    with without_reshard() if options.get("never_reshard") else nullcontext():
+        trainer.fit(module, train, val, ckpt_path=options.get("load"))
     if options.get("save"):
         trainer.save_checkpoint(options["save"])
     return {
@@ -484,8 +663,46 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         "counts": CountsCommunication.counts,
         "kernel_calls": kernel_calls,
         "metrics": Measures.metrics,
-        "changes": [c.changes() for c in callbacks if isinstance(c, RecordsChanges)],
+        "steps": [(c.before, c.after) for c in callbacks if isinstance(c, RecordsSteps)],
     }
+
+
+def run_apart(options: dict[str, Any], folder: Path) -> None:
+    """Run one configuration in a process of its own, and write down with which code it ended."""
+    os.environ["MASTER_PORT"] = str(options["port"])
+    pid = os.fork()  # all is imported, and nothing started: much cheaper than a new interpreter
+    if pid == 0:
+        code = 1
+        try:
+            code = run_one(options, folder)
+        except BaseException:
+            traceback.print_exc()
+        leave(code)
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    (folder / f"{options['name']}-{rank()}.code").write_text(str(code))
+
+
+def run_one(options: dict[str, Any], folder: Path) -> int:
+    try:
+        result = run_attached(options) if "attach" in options else run(options)
+    except SystemExit as end:  # the Trainer's answer to SIGTERM
+        return int(end.code or 0)
+    except (Exception, checkpoint.CheckpointException) as error:  # the latter is not an Exception
+        if not options.get("may_fail"):
+            raise
+        result = {"error": f"{type(error).__name__}: {error}"}
+    if rank() == 0:
+        torch.save(result, folder / f"{options['name']}.pt")
+    if dist.is_initialized():
+        dist.barrier()
+    return 0
+
+
+def leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # torch's communication threads can abort the interpreter's own way out
 
 
 def main() -> None:
@@ -493,22 +710,13 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     for options in json.loads((folder / sys.argv[2]).read_text()):
-        name = options["name"]
-        try:
-            result = run_attached(options) if "attach" in options else run(options)
-        except MisconfigurationException as error:
-            if not options.get("may_fail"):
-                raise
-            result = {"error": str(error)}
-        if os.environ.get("RANK", "0") == "0":
-            torch.save(result, folder / f"{name}.pt")
-        if dist.is_initialized():
-            dist.barrier()
+        if "port" in options:
+            run_apart(options, folder)
+        else:
+            run_one(options, folder)
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # torch's communication threads can abort the interpreter's own way out
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import litgpt.__main__
+import numpy as np
 import pytest
 import reference
 import torch
@@ -35,6 +37,7 @@ from lightning_ema_nesterov.litgpt.schedule import WarmupStableDecay
 Run = Callable[..., Path]
 
 ACCUMULATE, MICRO_BATCH, WINDOW, NUM_STEPS = 2, 4, 16, 20
+TWO_FILES = ("--config", "config.yaml", "--config", "ema_nesterov.yaml")
 COMPILE = torch.compile
 MODULES = {"litgpt": "litgpt", "ema-nesterov": "lightning_ema_nesterov.cli"}
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.1}}
@@ -97,19 +100,52 @@ def config_of(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    text = tmp_path / "text"
+def write_text(folder: Path) -> Path:
+    text = folder / "text"
     text.mkdir()
     for idx in range(20):
         (text / f"{idx}.txt").write_text(f"chapter {idx}: the quick brown fox jumps. " * 20)
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_text(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run by the stock command, from a base file and an overlay, in ``whole``."""
+    folder = write_text(tmp_path_factory.mktemp("stock"))
+    write_config(folder)
+    optimizer = flat(with_lookahead(BY_ROLE, warmup=3), decay=0.25)
+    (folder / "ema_nesterov.yaml").write_text(yaml.safe_dump({"optimizer": optimizer}))
+    finish(start(*TWO_FILES, "--out_dir", "whole", folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs of litgpt_sharded.py."""
+    folder = write_text(tmp_path_factory.mktemp("sharded"))
+    for name, optimizer in (
+        ("adamw", with_lookahead(warmup=2)),
+        ("muon", flat(with_lookahead(BY_ROLE))),
+    ):
+        write_config(folder, optimizer=optimizer, devices=2).rename(folder / f"{name}.yaml")
+    worker = Path(__file__).parent / "litgpt_sharded.py"
+    endpoint = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *endpoint]
+    finish(start_process([*launch, str(worker)], folder))
+    return folder
 
 
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Train in this process with LitGPT's own command line, and return ``out_dir``."""
     monkeypatch.setattr(torch, "compile", lambda module: module)
+    # It parses the command line again, half a second for each checkpoint.
+    monkeypatch.setattr(pretrain, "save_hyperparameters", lambda *args: None)
     monkeypatch.chdir(folder)
 
     def call(*arguments: str, out_dir: str = "out", **changes: Any) -> Path:
@@ -206,27 +242,24 @@ def cosine(step_idx: int) -> float:
     return 0.001 + 0.5 * (1 + math.cos(math.pi * share)) * (0.01 - 0.001)
 
 
-def test_validation_and_checkpoints_of_the_stock_command_hold_the_iterate(folder: Path) -> None:
-    write_config(folder)
-    overlay = folder / "ema_nesterov.yaml"
-    overlay.write_text(yaml.safe_dump({"optimizer": with_lookahead(warmup=2, rest=2)}))
-    finish(start("--config", "config.yaml", "--config", overlay.name, folder=folder))
-    logged = scalars(folder / "out", "val_loss")
+def test_validation_and_checkpoints_of_the_stock_command_hold_the_iterate(stock: Path) -> None:
+    logged = scalars(stock / "whole", "val_loss")
+    gpt = GPT(Config(**config_of(stock)["model_config"]))
+    names = [name for name, _ in gpt.named_parameters()]
+    hidden = [name for p, (role, name) in roles_of(gpt).items() if role == "hidden matrix"]
+    in_order = [*hidden, *(name for name in names if name not in hidden)]
     for step in (5, 10, 15, 20):
-        checkpoint = load(folder / "out" / f"step-{step:08d}")
+        checkpoint = load(stock / "whole" / f"step-{step:08d}")
         model, optimizer = checkpoint["model"], checkpoint["optimizer"]
         # Bit for bit: what TensorBoard holds is a float32.
-        assert logged[step * ACCUMULATE - 1] == loss_at(model, folder)
+        assert logged[step * ACCUMULATE - 1] == loss_at(model, stock)
         if step > 18:  # in the rest there is none
             assert not any(DIRECTION_KEY in state for state in optimizer["state"].values())
             continue
         m = [state[DIRECTION_KEY] for state in optimizer["state"].values()]
-        names = [
-            name for name, _ in GPT(Config(**config_of(folder)["model_config"])).named_parameters()
-        ]
-        y = {name: model[name] + 0.5 * m_i for name, m_i in zip(names, m, strict=True)}
-        assert abs(loss_at({**model, **y}, folder) - loss_at(model, folder)) > 1e-3
-    assert equal(weights(folder / "out/final"), weights(folder / "out/step-00000020"))
+        y = {name: model[name] + 0.5 * m_i for name, m_i in zip(in_order, m, strict=True)}
+        assert abs(loss_at({**model, **y}, stock) - loss_at(model, stock)) > 1e-3
+    assert equal(weights(stock / "whole/final"), weights(stock / "whole/step-00000020"))
 
 
 def oracle(
@@ -399,91 +432,73 @@ def test_a_checkpoint_without_the_method_continues_with_it(run: Run) -> None:
     assert min(norms.values()) > 0
 
 
-def test_killed_run_continues_bitwise(folder: Path) -> None:
-    optimizer = flat(with_lookahead(BY_ROLE, warmup=3), decay=0.25)
-    write_config(folder, optimizer=optimizer, out_dir="whole")
-    finish(start("--config", "config.yaml", folder=folder))
-    killed = start("--config", "config.yaml", "--out_dir", "cut", folder=folder)
+def test_killed_run_continues_bitwise(stock: Path) -> None:
+    arguments = (*TWO_FILES, "--out_dir", "cut")
+    killed = start(*arguments, folder=stock)
     assert killed.stdout is not None
     for line in killed.stdout:
         if "step 13 " in line:  # between two checkpoints
             os.kill(killed.pid, signal.SIGKILL)
             break
     killed.wait()
-    assert not (folder / "cut/final").exists()
-    arguments = ("--config", "config.yaml", "--out_dir", "cut", "--resume", "auto")
-    assert "Resuming training from" in finish(start(*arguments, folder=folder))
-    assert equal(weights(folder / "cut/final"), weights(folder / "whole/final"))
+    assert not (stock / "cut/final").exists()
+    assert "Resuming training from" in finish(start(*arguments, "--resume", "auto", folder=stock))
+    assert equal(weights(stock / "cut/final"), weights(stock / "whole/final"))
     for tag in ("loss", "val_loss", "ema_nesterov/direction_norm"):
-        assert scalars(folder / "cut", tag) == scalars(folder / "whole", tag)
+        assert scalars(stock / "cut", tag) == scalars(stock / "whole", tag)
 
 
 def test_two_processes_equal_one(run: Run, folder: Path) -> None:
     """DDP through the launcher, with Muon, which LitGPT's own FSDP1 cannot run."""
     one = run(out_dir="one", optimizer=flat(with_lookahead(BY_ROLE)))
     arguments = ("--config", "config.yaml", "--devices", "2", "--out_dir", "two")
-    finish(start(*arguments, "--strategy", "ddp", folder=folder, program="ema-nesterov"))
+    options = ("--strategy", "ddp", "--train.save_interval", "20")
+    finish(start(*arguments, *options, folder=folder, program="ema-nesterov"))
     # Muon orthogonalises in bfloat16.
     assert relative_error(weights(folder / "two/final"), weights(one / "final")) < 1e-4
     losses, expected = (scalars(out, "val_loss") for out in (folder / "two", one))
     assert list(losses.values()) == pytest.approx(list(expected.values()), abs=1e-5)
 
 
-def test_fsdp2_run_continues_bitwise(folder: Path) -> None:
-    write_config(folder, optimizer=flat(with_lookahead(BY_ROLE)), devices=2)
-    options: dict[str, Any] = {"folder": folder, "program": "ema-nesterov"}
-    arguments = ("--config", "config.yaml", "--strategy", "fsdp2")
-    finish(start(*arguments, **options))
-    whole, losses = weights(folder / "out/final"), scalars(folder / "out", "val_loss")
+def test_fsdp2_run_continues_bitwise(sharded: Path) -> None:
+    losses = scalars(sharded / "whole", "val_loss")
     assert losses[20] < losses[4] - 1
-    checkpoint = load(folder / "out/step-00000010")
+    checkpoint = load(sharded / "whole/step-00000010")
     shapes = [p.shape for p in checkpoint["model"].values()]
-    gpt = GPT(Config(**config_of(folder)["model_config"]))
+    gpt = GPT(Config(**config_of(sharded)["model_config"]))
     assert shapes == [p.shape for p in gpt.state_dict().values()]
     for state in checkpoint["optimizer"]["state"].values():
         assert state[DIRECTION_KEY].norm() > 0
-    for step in (15, 20):  # go on from the tenth step
-        (folder / f"out/step-{step:08d}/lit_model.pth").unlink()
-    finish(start(*arguments, "--resume", "auto", **options))
-    assert equal(weights(folder / "out/final"), whole)
-    assert scalars(folder / "out", "val_loss") == losses
+    assert equal(weights(sharded / "continued/final"), weights(sharded / "whole/final"))
+    after_ten_steps = {x: loss for x, loss in losses.items() if x >= 10}
+    assert list(after_ten_steps) == [14, 19, 20]  # two processes: one micro-batch in each step
+    assert scalars(sharded / "continued", "val_loss") == after_ten_steps
 
 
-def test_fsdp1_validates_without_a_trace_and_refuses_muon(folder: Path) -> None:
+def test_fsdp1_validates_without_a_trace_and_refuses_muon(sharded: Path) -> None:
     """Validation gathers the iterate: training must not go on with what it gathered."""
-    muon = write_config(folder, optimizer=BY_ROLE, devices=2)
-    muon.rename(folder / "muon.yaml")
-    write_config(folder, optimizer=with_lookahead(warmup=2), devices=2)
-    worker = Path(__file__).parent / "litgpt_fsdp1.py"
-    endpoint = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *endpoint]
-    finish(start_process([*launch, str(worker)], folder))
-    quiet, watched = (folder / f"{name}_validation" for name in ("without", "with"))
+    quiet, watched = (sharded / f"{name}_validation" for name in ("without", "with"))
     assert len(scalars(watched, "val_loss")) == NUM_STEPS + 1
     assert scalars(watched, "loss") == scalars(quiet, "loss")
     sizes = scalars(watched, "ema_nesterov/step_size")
     assert sum(value > 0 for value in sizes.values()) == 15
     for rank in range(2):
-        assert "as FSDP1 makes them" in (folder / f"refusal_{rank}.txt").read_text()
+        assert "as FSDP1 makes them" in (sharded / f"refusal_{rank}.txt").read_text()
 
 
-def test_litgpt_converts_and_generates_from_a_checkpoint(run: Run, folder: Path) -> None:
+def test_litgpt_converts_and_generates_from_a_checkpoint(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = Path(__file__).parents[1] / "recipes/byte_tokenizer"
     out = run("--tokenizer_dir", str(tokenizer), optimizer=with_lookahead())
-    final = ["convert_pretrained_checkpoint", str(out / "final"), str(folder / "converted")]
+    convert = ["convert_pretrained_checkpoint", str(out / "final"), str(folder / "converted")]
     generate = ["generate", str(folder / "converted"), "--prompt", "the ", "--max_new_tokens", "8"]
-    for arguments in (final, [*generate, "--precision", "32-true"]):
-        result = subprocess.run(
-            [sys.executable, "-m", "litgpt", *arguments],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+    for arguments in (convert, [*generate, "--precision", "32-true"]):
+        monkeypatch.setattr(sys, "argv", ["litgpt", *arguments])
+        litgpt.__main__.main()
     converted = torch.load(folder / "converted/lit_model.pth", weights_only=True)
     assert equal([converted[name] for name in sorted(converted)], weights(out / "final"))
-    assert result.stdout.splitlines()[-1].startswith("the ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("the ")
 
 
 class Language(nn.Module):
@@ -600,7 +615,7 @@ def test_a_list_of_parameters_finds_its_model_in_the_first_forward_pass() -> Non
     treated = steps(expected, reference_optimizer)
     assert equal(steps(outer, optimizer), treated)
     untreated = Language()
-    plain = build_optimizer(ADAMW, untreated.parameters(), key="")
+    plain = build_optimizer(ADAMW, untreated.parameters(), argument="base")
     assert not equal(steps(untreated, plain), treated)
 
 
@@ -628,13 +643,22 @@ def test_flat_shards_are_refused_with_the_remedy() -> None:
     [
         ("torch.optim.AdamX", "optimizer.init_args.base names torch.optim.AdamX, which cannot"),
         ("no_such_package.AdamW", "which cannot be imported: No module named 'no_such_package'"),
-        ("torch.nn.Linear", "init_args do not fit torch.nn.Linear: missing"),
-        ("builtins.list", "optimizer.init_args.base must name a torch.optim.Optimizer"),
+        ("torch.nn.Linear", "base must name a torch.optim.Optimizer, and torch.nn.Linear is"),
+        ("builtins.id", "a function that returns one, and builtins.id gives builtins.int"),
         ("math.pi", "optimizer.init_args.base must name an optimizer, and math.pi is not"),
         ({"class_path": "torch.optim.AdamW"}, "optimizer.init_args.base.init_args is missing"),
         ({"init_args": {}}, "optimizer.init_args.base.class_path is missing"),
         ({"class_path": "AdamW", "init_args": {"rate": 1}}, "init_args do not fit AdamW"),
         (3, "optimizer.init_args.base must be a name, or have class_path and init_args, got 3"),
+        (
+            {"class_path": "AdamW", "init_args": {"lr": -1.0}},
+            r"optimizer.init_args.base \(AdamW\) refuses .*: Invalid learning rate: -1.0",
+        ),
+        (
+            {"class_path": "AdamW", "init_args": {"lr": "high"}},
+            r"optimizer.init_args.base \(AdamW\) refuses .* 'float' and 'str'",
+        ),
+        (MUON, r"optimizer.init_args.base \(torch.optim.Muon\) refuses .* only supports 2D"),
     ],
 )
 def test_a_base_that_is_no_optimizer_is_refused_by_its_key(base: Any, message: str) -> None:
@@ -644,10 +668,10 @@ def test_a_base_that_is_no_optimizer_is_refused_by_its_key(base: Any, message: s
 
 def test_fused_is_passed_to_those_who_know_it() -> None:
     weight = [nn.Parameter(torch.zeros(2))]
-    assert build_optimizer("AdamW", weight, key="", fused=True).defaults["fused"] is True
+    assert build_optimizer("AdamW", weight, argument="base", fused=True).defaults["fused"] is True
     spec = {"class_path": "AdamW", "init_args": {"fused": False}}
-    assert build_optimizer(spec, weight, key="", fused=True).defaults["fused"] is False
-    assert "fused" not in build_optimizer("RMSprop", weight, key="", fused=True).defaults
+    assert build_optimizer(spec, weight, argument="base", fused=True).defaults["fused"] is False
+    assert "fused" not in build_optimizer("RMSprop", weight, argument="base", fused=True).defaults
     model = Language()
     made = ema_nesterov(model.parameters(), ADAMW, warmup=0, rest=0, fused=True)
     assert made.defaults["fused"] is True
@@ -657,6 +681,21 @@ def test_fused_is_passed_to_those_who_know_it() -> None:
     ("optimizer", "train", "message"),
     [
         (with_lookahead(total_steps=30), {}, "total_steps is 30, and train.max_tokens = 2560"),
+        (
+            flat(with_lookahead({**BY_ROLE, "init_args": {"hidden_matrices": MUON, "others": 3}})),
+            {},
+            "optimizer.init_args.optimizer.init_args.base.init_args.others must be a name",
+        ),
+        (with_lookahead(flat(ADAMW)), {}, "init_args.base names warmup_stable_decay, which must"),
+        (with_lookahead(with_lookahead()), {}, "init_args.base names ema_nesterov, which must"),
+        (
+            {**BY_ROLE, "init_args": {"hidden_matrices": with_lookahead(MUON), "others": ADAMW}},
+            {},
+            "init_args.hidden_matrices names ema_nesterov, which must be",
+        ),
+        (with_lookahead(), {"max_tokens": 100}, "train.max_tokens must allow one optimizer step"),
+        (flat(ADAMW, decay="0.3 "), {}, "optimizer.init_args.decay must be a number of steps"),
+        (flat(ADAMW, decay=1.5), {}, r"decay must be in \[0, 1\] as a fraction"),
         (with_lookahead(warmup=15, rest=10), {}, "warmup \\+ rest must not be longer"),
         (with_lookahead(lookahead_step_size=1.5), {}, "lookahead_step_size must be in"),
         (flat(ADAMW, decay=18), {}, "train.lr_warmup_steps \\+ decay must not be longer"),
@@ -673,9 +712,27 @@ def test_fused_is_passed_to_those_who_know_it() -> None:
 def test_what_contradicts_the_run_is_refused_before_the_first_step(
     optimizer: dict[str, Any], train: dict[str, Any], message: str, run: Run, folder: Path
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         run(optimizer=optimizer, train=train)
     assert not list(folder.rglob("*.pth"))
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(run: Run, folder: Path) -> None:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, 200
+    for largest in (255, 256):
+        tokens = np.full(200, largest, dtype="<u2")
+        (folder / f"{largest}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    path = "lightning_ema_nesterov.litgpt.TokenShards"
+    one_step = {"max_tokens": ACCUMULATE * MICRO_BATCH * WINDOW, "lr_warmup_steps": 0}
+    run(
+        data={"class_path": path, "init_args": {"train": "255.bin", "val": "255.bin"}},
+        train=one_step,
+    )
+    with pytest.raises(
+        ValueError, match=r"data.init_args.val: 256.bin holds the token id 256, and"
+    ):
+        run(data={"class_path": path, "init_args": {"train": "255.bin", "val": "256.bin"}})
 
 
 def test_a_rest_outside_of_litgpt_needs_the_number_of_steps() -> None:

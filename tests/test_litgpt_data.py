@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_ema_nesterov.litgpt import StdlibBytes, TextBytes, TokenShards, windows
 from lightning_ema_nesterov.litgpt.windows import WindowLoader, fixed_windows
+from lightning_ema_nesterov.quickstart import corpus
 from lightning_ema_nesterov.quickstart.corpus import load_corpus
 
 PARTS = [np.arange(0, 21, dtype=np.uint16), np.arange(100, 133, dtype=np.uint16)]
@@ -128,9 +129,13 @@ def test_validation_is_the_same_on_every_process_and_in_every_evaluation(
 
 
 def test_too_little_text_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"must hold 20 windows of 4 tokens.* and holds 13"):
+    with pytest.raises(
+        ValueError, match=r"data: the training text must hold 20 windows of 4 tokens.* and holds 13"
+    ):
         make_loader(batch_size=20)
-    with pytest.raises(ValueError, match="validation text must hold one window of 40 tokens"):
+    with pytest.raises(
+        ValueError, match="data: the validation text must hold one window of 40 tokens"
+    ):
         fixed_windows(PARTS, window_size=40, batch_size=1)
 
 
@@ -139,8 +144,8 @@ def test_standard_library_is_the_corpus_of_the_quickstart(tmp_path: Path) -> Non
     data.connect(batch_size=2, max_seq_length=64)
     data.prepare_data()
     data.setup()
-    corpus = load_corpus(window_size=64)
-    for parts, expected in ((data.train_parts, corpus.train), (data.val_parts, corpus.validation)):
+    text = load_corpus(window_size=64)
+    for parts, expected in ((data.train_parts, text.train), (data.val_parts, text.validation)):
         [part] = parts
         assert isinstance(part, np.memmap)
         assert torch.equal(torch.from_numpy(np.array(part)), expected)
@@ -165,6 +170,21 @@ def test_text_is_read_again_when_it_changed(tmp_path: Path) -> None:
 
     assert first_byte("a" * 200) == ord("a")
     assert first_byte("b" * 201) == ord("b")
+
+
+def test_a_progress_bar_appears_when_reading_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 200)
+    data = TextBytes(path=text, cache_dir=tmp_path / "cache")
+    data.connect(batch_size=1, max_seq_length=4)
+    data.prepare_data()
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(corpus, "SECONDS_WITHOUT_PROGRESS", 0.0)
+    text.write_text("b" * 201)
+    data.prepare_data()
+    assert "text.txt: 100%" in capsys.readouterr().err
 
 
 def test_text_errors_name_the_key(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_yaml_blocks_build_what_they_name() -> None:
     EMANesterov(**entry["init_args"])
     spec = litgpt_config["optimizer"]
     spec["init_args"]["total_steps"] = 100  # LitGPT tells it
-    optimizer = build_optimizer(spec, Toy(adamw).parameters(), key="optimizer")
+    optimizer = build_optimizer(spec, Toy(adamw).parameters(), argument="optimizer")
     assert type(optimizer) is torch.optim.AdamW
     assert MAX_LR_KEY in optimizer.param_groups[0]  # the method is attached
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -44,7 +45,7 @@ EXPECTED = {
         baseline_of={"ema_nesterov": "base", "ema_nesterov_muon": "muon"},
     ),
     "gpt2-124m": Expected(
-        parameters=123_606_528,
+        parameters=123_587_328,
         tokens_per_step=524_288,
         num_steps=6_200,
         baseline_of={
@@ -204,6 +205,39 @@ def test_run_has_the_tokens_and_steps_that_the_header_states(name: str) -> None:
     header = (RECIPES / name / "base.yaml").read_text().partition("\nmodel_name:")[0]
     assert f"{train.max_tokens:,}" in header
     assert f"{expected.num_steps:,} steps of {train.global_batch_size:,} sequences" in header
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name.startswith("llama")])
+def test_header_and_readme_install_the_same_packages_for_c4(name: str) -> None:
+    header = (RECIPES / name / "base.yaml").read_text().partition("\nmodel_name:")[0]
+    lines = re.findall(r"^#   (pip .*)$", header, re.MULTILINE)
+    assert len(lines) == 2
+    assert "\n".join(lines) in (RECIPES / "README.md").read_text()
+
+
+SECONDS = {"minutes": 60.0, "hours": 3600.0, "days": 86400.0}
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name != "quickstart"])
+def test_estimates_in_the_header_add_up(name: str) -> None:
+    """Operations: 6 per parameter and token, and the attention's; time: at 30 % of 989e12 per s."""
+    parsed = parse(*files_of(name, "base"))
+    config, train = parsed["config"], parsed["train"]
+    embedding = 0 if train.tie_embeddings else config.padded_vocab_size * config.n_embd
+    parameters = EXPECTED[name].parameters - embedding
+    attention = 12 * config.n_layer * config.n_embd * train.max_seq_length
+    operations = (6 * parameters + attention) * train.max_tokens
+    text = (RECIPES / name / "base.yaml").read_text()
+    header = " ".join(text.partition("\nmodel_name:")[0].replace("#", " ").split())
+    factors = f"12 x {config.n_layer} x {config.n_embd:,} x {train.max_seq_length:,} operations"
+    assert f"6 x {parameters / 1e6:,.1f}M + {factors}" in header
+    assert f" are {operations:.1e}".replace("e+", "e") + " in all" in header
+    stated = re.findall(r"([\d.]+) (minutes|hours|days) on (one|eight)", header)
+    assert [devices for *_, devices in stated] == ["one", "eight"]
+    for number, unit, devices in stated:
+        seconds = operations / (0.3 * 989e12) / {"one": 1, "eight": 8}[devices]
+        digits = len(number.replace(".", ""))
+        assert float(f"{seconds / SECONDS[unit]:.{digits}g}") == float(number)
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)

@@ -171,7 +171,7 @@ def test_finished_runs_are_not_repeated_and_missing_ones_are(study_dir: Path) ->
 
 
 def test_study_that_was_killed_goes_on(tmp_path: Path) -> None:
-    """By the command, killed after its first finished run; two workers do the rest."""
+    """By the command, killed after its first finished run, and again with two workers."""
     path = write(tmp_path, num_steps=40)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "lightning_ema_nesterov.cli", "compare", str(path)]
@@ -180,7 +180,7 @@ def test_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*command, "1"], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (out / "runs.jsonl").exists() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -189,7 +189,19 @@ def test_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     before = read_lines(out / "runs.jsonl")
     assert 1 <= len(before) < 20
 
-    subprocess.run([*command, "2"], env=environment, check=True, capture_output=True)
+    process = subprocess.Popen([*command, "2"], env=environment, stderr=subprocess.DEVNULL)
+    while len(read_lines(out / "runs.jsonl")) == len(before):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()  # it alone: its workers see it
+    process.wait()
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(children) >= 2
+
+    subprocess.run([*command, "1"], env=environment, check=True, capture_output=True)
     after = read_lines(out / "runs.jsonl")
     assert [r.run for r in after[: len(before)]] == [r.run for r in before]
     assert {result.run for result in after} == set(load_study(path).runs())
@@ -227,6 +239,7 @@ SGD = {"class_path": "SGD", "lrs": [0.1]}
         ({"methods": {"x": None}}, "methods.x must have a class_path"),
         ({"methods": {"x": {"class_path": "GPA", "bases": ["lion"]}}}, "known are sgd, adamw"),
         ({"base_optimizers": {"x": {"class_path": "Adam2", "lrs": [1]}}}, "Adam, AdamW"),
+        ({"base_optimizers": {"x": {"class_path": "torch.nn.ReLU", "lrs": [1]}}}, "another class"),
         ({"base_optimizers": {"x": {**SGD, "init_args": {"betas": 1}}}}, "known are params, lr"),
         ({"base_optimizers": {"x": {**SGD, "lrs": []}}}, "lrs must be learning rates above 0"),
         ({"base_optimizers": {"x": {**SGD, "instead": {"none": SGD, "y": SGD}}}}, "'y' is not"),
@@ -392,3 +405,30 @@ def test_study_is_kept_whole_in_its_folder(study_dir: Path) -> None:
     kept = json.loads((study_dir / "study.json").read_text())
     study: Study = load_study(study_dir.parent / "study.yaml")
     assert kept == json.loads(json.dumps(study.as_dict()))
+
+
+def test_convex_rates_are_those_of_the_theory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, with fewer problems and less noise to average."""
+    from lightning_ema_nesterov.study import convex
+
+    monkeypatch.setattr(convex, "CONDITIONS", (100.0,))
+    monkeypatch.setattr(convex, "NUM_NOISY_STEPS", 600)
+    results = convex.run_convex(tmp_path / "convex.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "convex.jsonl").read_text().splitlines()]
+    assert [line["measured"] for line in lines] == [result.measured for result in results]
+    by_key = {(r.problem, r.ema_decay): r for r in results}
+    for (problem, ema_decay), found in by_key.items():
+        if found.expected is not None:
+            # Two equal eigenvalues: the distance shrinks like t (1 - s)^t, a little later.
+            assert found.measured == pytest.approx(found.expected, abs=0.02)
+            if problem == "quadratic" and ema_decay is not None:
+                descent = by_key["quadratic", None].measured
+                assert found.measured < descent - 0.015  # faster than gradient descent
+    floors = [by_key["noisy quadratic", ema_decay].measured for ema_decay in (None, 0.9, 0.5, 0.0)]
+    assert floors[0] == 1.0
+    assert floors == sorted(floors)  # the shorter the memory, the more of the noise
+    assert "noisy quadratic" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="ema_decay must be in"):
+        convex.convex_step_size(10.0, 0.95)

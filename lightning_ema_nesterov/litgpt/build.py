@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
@@ -11,11 +12,35 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-__all__ = ["build_optimizer", "import_optimizer"]
+__all__ = ["build_optimizer", "check_place", "import_optimizer", "yaml_key"]
+
+# Where in the YAML the function stands that is being called: functions name optimizers in turn.
+_place: ContextVar[str] = ContextVar("_place", default="optimizer")
+
+
+def yaml_key(argument: str) -> str:
+    """Return where in the YAML an argument of the function stands that is being called."""
+    return f"{_place.get()}.init_args.{argument}"
+
+
+def check_place(function: str, allowed: Mapping[str, str]) -> None:
+    """Raise if the YAML names a function where it would not do what it promises.
+
+    Args:
+        function: Its name.
+        allowed: Keys where it may be named, with how to say so.
+
+    Raises:
+        ValueError: If it is named at another key.
+    """
+    if _place.get() not in allowed:
+        raise ValueError(
+            f"{_place.get()} names {function}, which must be {' or '.join(allowed.values())}."
+        )
 
 
 def build_optimizer(
-    spec: str | Mapping[str, Any], params: ParamsT, *, key: str, fused: bool = False
+    spec: str | Mapping[str, Any], params: ParamsT, *, argument: str, fused: bool = False
 ) -> Optimizer:
     """Make the optimizer that a YAML names.
 
@@ -23,20 +48,22 @@ def build_optimizer(
         spec: A name like ``AdamW`` or ``torch.optim.AdamW``, or a mapping with ``class_path`` and
             ``init_args``. The name may be that of a function.
         params: What the optimizer gets as its parameters.
-        key: Where in the YAML this is, for messages.
+        argument: Key in the ``init_args`` of the calling function that holds ``spec``.
         fused: Passed on if the optimizer has an argument of this name and ``init_args`` does not.
 
     Raises:
         TypeError: If ``spec`` is neither, if ``init_args`` do not fit, or if no optimizer is named.
-        ValueError: If ``spec`` lacks a key, or names what cannot be imported.
+        ValueError: If ``spec`` lacks a key or names what cannot be imported, or if the optimizer
+            refuses a value or a parameter.
 
     Example:
         >>> import torch
         >>> weights = [torch.nn.Parameter(torch.zeros(2))]
         >>> spec = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
-        >>> build_optimizer(spec, weights, key="optimizer").defaults["lr"]
+        >>> build_optimizer(spec, weights, argument="base").defaults["lr"]
         0.5
     """
+    key = yaml_key(argument)
     path, init_args = _read(spec, key)
     factory = import_optimizer(path, key)
     try:
@@ -49,13 +76,33 @@ def build_optimizer(
         inspect.signature(factory).bind(params, **init_args)
     except TypeError as error:
         raise TypeError(f"{key}.init_args do not fit {path}: {error}.") from error
-    optimizer = factory(params, **init_args)
+    optimizer = _call(factory, params, init_args, key=key, path=path)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"{key} must name a torch.optim.Optimizer or a function that returns one, and {path} "
             f"gives {type(optimizer).__module__}.{type(optimizer).__qualname__}."
         )
     return optimizer
+
+
+def _call(
+    factory: Callable[..., object],
+    params: ParamsT,
+    init_args: Mapping[str, Any],
+    *,
+    key: str,
+    path: str,
+) -> object:
+    token = _place.set(key)
+    try:
+        return factory(params, **init_args)
+    except (TypeError, ValueError) as error:
+        if not isinstance(factory, type):
+            raise  # a function of ours, which tells its key
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{key} ({path}) refuses its init_args or the model: {error}") from error
+    finally:
+        _place.reset(token)
 
 
 def _read(spec: str | Mapping[str, Any], key: str) -> tuple[str, dict[str, Any]]:
@@ -79,6 +126,7 @@ def import_optimizer(path: str, key: str) -> Callable[..., object]:
         key: Where in the YAML this is, for messages.
 
     Raises:
+        TypeError: If it is a class of another kind.
         ValueError: If there is none.
     """
     module, _, name = (path if "." in path else f"torch.optim.{path}").rpartition(".")
@@ -90,4 +138,6 @@ def import_optimizer(path: str, key: str) -> Callable[..., object]:
             known = (n for n, c in vars(torch.optim).items() if isinstance(c, type))
             message += f" Known without a dot are {', '.join(sorted(known))}."
         raise ValueError(message) from error
+    if isinstance(found, type) and not issubclass(found, Optimizer):
+        raise TypeError(f"{key} must name a torch.optim.Optimizer, and {path} is another class.")
     return found

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_ema_nesterov.litgpt.run import LitGPTRun
 from lightning_ema_nesterov.litgpt.windows import TokenArray, WindowLoader, fixed_windows
 from lightning_ema_nesterov.quickstart.corpus import list_files, load_corpus
 
@@ -25,6 +26,8 @@ __all__ = ["StdlibBytes", "TextBytes", "TokenShards"]
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 _HEADER_LENGTH = 256
+_NUM_CHECKED = 1_000_000
+"""So many tokens of each shard are compared with the vocabulary, and not read as a whole."""
 
 
 @dataclass(kw_only=True)
@@ -155,7 +158,8 @@ class TokenShards(_WindowData):
 
     Raises:
         FileNotFoundError: If no file matches a pattern.
-        ValueError: If a shard has another header, or not the length that its header tells.
+        ValueError: If a shard has another header, or not the length that its header tells, or
+            begins with token ids that the model does not have.
     """
 
     train: str
@@ -172,7 +176,17 @@ def _open_shards(pattern: str, key: str) -> list[TokenArray]:
     paths = sorted(map(Path, glob(pattern, recursive=True)))
     if not paths:
         raise FileNotFoundError(f"data.init_args.{key}: no file matches {pattern}.")
-    return [_open_shard(path, key) for path in paths]
+    parts = [_open_shard(path, key) for path in paths]
+    run = LitGPTRun.find()
+    for path, part in zip(paths, parts, strict=True):
+        largest = int(part[:_NUM_CHECKED].max(initial=0))
+        # On a GPU the lookup would end in an assertion that names neither.
+        if run is not None and largest >= run.vocab_size:
+            raise ValueError(
+                f"data.init_args.{key}: {path} holds the token id {largest}, and the model has "
+                f"{run.vocab_size}. Give shards of its tokenizer, or set model_config.vocab_size."
+            )
+    return parts
 
 
 def _open_shard(path: Path, key: str) -> TokenArray:

@@ -12,10 +12,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ema_nesterov.attach import EMANesterovHandle, attach_ema_nesterov
-from lightning_ema_nesterov.litgpt.build import build_optimizer
+from lightning_ema_nesterov.litgpt.build import build_optimizer, check_place, yaml_key
 from lightning_ema_nesterov.litgpt.run import LitGPTRun, find_module
 
 __all__ = ["ema_nesterov"]
+
+# Inside by_role it would move a part of the model, inside itself all of it twice.
+_PLACES = {
+    "optimizer": "the outermost (optimizer.class_path)",
+    "optimizer.init_args.optimizer": "directly inside warmup_stable_decay",
+}
 
 
 def ema_nesterov(
@@ -63,13 +69,15 @@ def ema_nesterov(
 
     Raises:
         TypeError: If ``base`` does not name an optimizer.
-        ValueError: If an argument is out of its range, or contradicts the run.
+        ValueError: If an argument is out of its range or contradicts the run, or if it is named
+            inside ``by_role`` or itself.
     """
+    check_place("ema_nesterov", _PLACES)
     run = LitGPTRun.find()
     if run is not None:
-        total_steps = run.check_total_steps(total_steps)
+        total_steps = run.check_total_steps(total_steps, key=yaml_key("total_steps"))
     module = find_module(params)
-    optimizer = build_optimizer(base, params, key="optimizer.init_args.base", fused=fused)
+    optimizer = build_optimizer(base, params, argument="base", fused=fused)
 
     def attach(module: nn.Module) -> EMANesterovHandle:
         handle = attach_ema_nesterov(

@@ -128,8 +128,8 @@ def by_role(
     # The Muons of pytorch_optimizer want to be told that a group is not for their AdamW.
     for_hidden = [{"params": hidden, "use_muon": True}]
     optimizers = [
-        build_optimizer(hidden_matrices, for_hidden, key="hidden_matrices", fused=fused),
-        build_optimizer(others, rest, key="others", fused=fused),
+        build_optimizer(hidden_matrices, for_hidden, argument="hidden_matrices", fused=fused),
+        build_optimizer(others, rest, argument="others", fused=fused),
     ]
     rank_zero_info(_describe(roles, *(type(optimizer).__name__ for optimizer in optimizers)))
     return OptimizerPerRole(optimizers)

@@ -27,12 +27,14 @@ class LitGPTRun:
         train: The ``train`` block of the YAML.
         micro_batches: Micro-batches of one device in an optimizer step.
         max_seq_length: Tokens in a sequence.
+        vocab_size: Rows of the model's embedding.
     """
 
     fabric: Fabric
     train: TrainArgs
     micro_batches: int
     max_seq_length: int
+    vocab_size: int
 
     @classmethod
     def find(cls) -> LitGPTRun | None:
@@ -46,27 +48,39 @@ class LitGPTRun:
             train=train,
             micro_batches=train.gradient_accumulation_iters(found["devices"], found["num_nodes"]),
             max_seq_length=found["model"].max_seq_length,
+            vocab_size=found["config"].padded_vocab_size,
         )
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps that ``train.max_tokens`` allows."""
+        """Optimizer steps that ``train.max_tokens`` allows.
+
+        Raises:
+            ValueError: If it allows none.
+        """
         tokens_per_micro_batch = self.train.micro_batch_size * self.max_seq_length
         tokens_per_device = int(self.train.max_tokens or 0) // self.fabric.world_size
-        return int(tokens_per_device // tokens_per_micro_batch // self.micro_batches)
+        steps = int(tokens_per_device // tokens_per_micro_batch // self.micro_batches)
+        if not steps:
+            raise ValueError(
+                f"train.max_tokens must allow one optimizer step of {self.train.global_batch_size} "
+                f"sequences of {self.max_seq_length} tokens, got {self.train.max_tokens}."
+            )
+        return steps
 
-    def check_total_steps(self, total_steps: int | None) -> int:
+    def check_total_steps(self, total_steps: int | None, *, key: str) -> int:
         """Return the optimizer steps of the run.
 
         Args:
             total_steps: What the user expects, if anything.
+            key: Where in the YAML they say so.
 
         Raises:
             ValueError: If that is not what ``train.max_tokens`` allows.
         """
         if total_steps not in (None, self.total_steps):
             raise ValueError(
-                f"optimizer.init_args.total_steps is {total_steps}, and train.max_tokens = "
+                f"{key} is {total_steps}, and train.max_tokens = "
                 f"{self.train.max_tokens} allows {self.total_steps} optimizer steps of "
                 f"{self.train.global_batch_size} sequences of {self.max_seq_length} tokens. Remove "
                 "total_steps, or make them agree."

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_ema_nesterov.litgpt.build import build_optimizer
+from lightning_ema_nesterov.litgpt.build import build_optimizer, check_place, yaml_key
 from lightning_ema_nesterov.litgpt.run import LitGPTRun, find_module
+from lightning_ema_nesterov.schedule import check_duration
 
 __all__ = ["WarmupStableDecay", "warmup_stable_decay"]
 
@@ -121,8 +122,11 @@ def warmup_stable_decay(
     Raises:
         RuntimeError: If the caller is not ``litgpt pretrain``.
         TypeError: If ``optimizer`` does not name an optimizer.
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or if another function names this one.
     """
+    # Inside another function it would set the learning rate after the lookahead has read it.
+    check_place("warmup_stable_decay", {"optimizer": "the outermost (optimizer.class_path)"})
+    check_duration(yaml_key("decay"), decay)
     run, module = LitGPTRun.find(), find_module(params)
     if run is None or module is None:
         raise RuntimeError(
@@ -134,7 +138,7 @@ def warmup_stable_decay(
             "train.lr_warmup_fraction counts in epochs, which warmup_stable_decay does not know. "
             "Set train.lr_warmup_steps."
         )
-    made = build_optimizer(optimizer, params, key="optimizer.init_args.optimizer", fused=fused)
+    made = build_optimizer(optimizer, params, argument="optimizer", fused=fused)
     total_steps = run.total_steps
     schedule = WarmupStableDecay(
         lr=made.defaults["lr"],

@@ -91,8 +91,8 @@ class WindowLoader(DataLoader[Tensor]):
         wanted = batch_size * _rank()[1]
         if sum(dataset.counts) < wanted:
             raise ValueError(
-                f"The training text must hold {wanted} windows of {window_size} tokens, one batch "
-                f"of all devices, and holds {sum(dataset.counts)}. Give more text, or set "
+                f"data: the training text must hold {wanted} windows of {window_size} tokens, one "
+                f"batch of all devices, and holds {sum(dataset.counts)}. Give more text, or set "
                 "train.micro_batch_size or train.max_seq_length lower."
             )
         super().__init__(dataset, batch_size=None)
@@ -143,8 +143,8 @@ def fixed_windows(
     dataset = _FixedWindows(parts, window_size=window_size, batch_size=batch_size)
     if not len(dataset.order):
         raise ValueError(
-            f"The validation text must hold one window of {window_size} tokens, and does not. Give "
-            "more text, or set train.max_seq_length lower."
+            f"data: the validation text must hold one window of {window_size} tokens, and does "
+            "not. Give more text, or set train.max_seq_length lower."
         )
     return DataLoader(dataset, batch_size=None)
 

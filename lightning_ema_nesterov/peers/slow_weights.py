@@ -145,8 +145,7 @@ class SlowWeights(Method):
 
     @torch.no_grad()
     def _take_outer_step(self) -> None:
-        groups = self.base_optimizer.param_groups
-        for p in (p for group in groups for p in group["params"] if self.has(p)):
+        for p in self.known_params():
             fast, *state = local([p, *(self.of([p], key)[0] for key in self.keys)])
             gradient = state[0] - fast  # as an optimizer of the slow weights sees it
             if self.outer_momentum:

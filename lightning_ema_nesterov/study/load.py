@@ -90,7 +90,11 @@ def _make_base(raw: Any, key: str) -> BaseOptimizer:
         if not found.lrs or not all(lr > 0 for lr in found.lrs):
             where = f"{key}.instead.{name}" if name else key
             raise ValueError(f"{where}.lrs must be learning rates above 0, got {found.lrs}.")
-        _check_arguments(import_optimizer(found.class_path, key), found.init_args, key)
+        try:
+            factory = import_optimizer(found.class_path, key)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        _check_arguments(factory, found.init_args, key)
     return dataclasses.replace(base, instead=instead)
 
 

@@ -78,7 +78,7 @@ def _set_optimizer(model: LightningModule, study: Study, run: Run) -> None:
 
 def _make_optimizer(spec: BaseOptimizer, lr: float, model: nn.Module) -> Optimizer:
     named = {"class_path": spec.class_path, "init_args": spec.init_args}
-    optimizer = build_optimizer(named, model.parameters(), key="base_optimizers")
+    optimizer = build_optimizer(named, model.parameters(), argument="base_optimizers")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr"] / optimizer.defaults["lr"]
     return optimizer

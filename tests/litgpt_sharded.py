@@ -1,6 +1,6 @@
-"""LitGPT on two CPU processes with FSDP1, the strategy that it uses on several GPUs.
+"""LitGPT on two CPU processes, with FSDP1, which it uses on several GPUs, and with FSDP2.
 
-Run by torchrun from test_litgpt.py, in the folder of its run: all cases in the same processes.
+Run by torchrun from test_litgpt.py, in the folder of its runs: all cases in the same processes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from litgpt.utils import CLI
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from typing_extensions import override
+
+from lightning_ema_nesterov.litgpt.launch import launch
 
 
 class CPUFSDPStrategy(FSDPStrategy):
@@ -47,10 +49,16 @@ def train(config: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
+    # It parses the command line again, half a second for each checkpoint.
+    pretrain.save_hyperparameters = lambda *args: None
     pretrain.FSDPStrategy = CPUFSDPStrategy
-    train("config.yaml", "--out_dir", "with_validation", "--eval.interval", "1")
-    train("config.yaml", "--out_dir", "without_validation", "--eval.interval", "1000")
+    train("adamw.yaml", "--out_dir", "with_validation", "--eval.interval", "1")
+    train("adamw.yaml", "--out_dir", "without_validation", "--eval.interval", "1000")
     try:
         train("muon.yaml")
     except RuntimeError as error:
         Path(f"refusal_{torch.distributed.get_rank()}.txt").write_text(str(error))
+
+    fsdp2 = ("--strategy", "fsdp2", "--config", "muon.yaml", "--out_dir")
+    launch([*fsdp2, "whole"])
+    launch([*fsdp2, "continued", "--resume", "whole/step-00000010/lit_model.pth"])
