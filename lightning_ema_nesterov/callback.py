@@ -93,7 +93,7 @@ class EMANesterov(LookaheadCallback):
         lookahead_step_size: float = 0.5,
         ema_decay: float = 0.99,
         *,
-        warmup: int | float = 0.1,
+        warmup: int | float = 0.3,
         rest: int | float = 0.15,
         scale_with_lr: bool = True,
         total_steps: int | None = None,

@@ -1067,7 +1067,7 @@ def test_wrong_arguments_are_refused_at_once(kwargs: dict[str, Any], message: st
     ("callback", "trainer_kwargs", "message"),
     [
         (EMANesterov(warmup=8, rest=3), {"max_steps": 10}, r"got 8 \+ 3 steps in a run of 10"),
-        (EMANesterov(), {"max_epochs": -1}, "warmup = 0.1 is a fraction of the run"),
+        (EMANesterov(), {"max_epochs": -1}, "warmup = 0.3 is a fraction of the run"),
         (EMANesterov(warmup=0, rest=5), {"max_epochs": -1}, "rest = 5 counts from the end"),
     ],
 )

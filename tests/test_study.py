@@ -432,3 +432,28 @@ def test_convex_rates_are_those_of_the_theory(
     assert "noisy quadratic" in capsys.readouterr().out
     with pytest.raises(ValueError, match="ema_decay must be in"):
         convex.convex_step_size(10.0, 0.95)
+
+
+RESULTS = sorted(path for path in (STUDIES / "results").glob("*.jsonl") if path.stem != "convex")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_tables_of_the_studies_are_those_of_their_lines(path: Path) -> None:
+    text = (STUDIES / "README.md").read_text()
+    results = read_lines(path)
+    runs = load_study(STUDIES / f"{path.stem}.yaml").runs()
+    assert {result.run for result in results} <= set(runs)
+    for base in dict.fromkeys(result.run.base for result in results):
+        none, *others = standings(results, base)
+        if "[" in others[0].method:
+            others.sort(key=lambda standing: standing.difference.mean)
+        assert markdown_table([none, *others]) in text, base
+
+
+def test_table_of_convex_problems_is_that_of_the_lines() -> None:
+    text = (STUDIES / "README.md").read_text()
+    lines = (STUDIES / "results/convex.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        assert f"| {line['step_size']:.3f} |" in text
+        assert f"| {line['measured']:.4f} |" in text
+    assert text.count("quadratic |") + text.count("| logistic") == len(lines)

@@ -85,7 +85,8 @@ def run_quickstart(settings: Settings, *, out_dir: Path, text: Path | None = Non
         The new folder, with one folder of TensorBoard logs for each run, ``curves.png``,
         ``results.json`` and ``split.json``.
     """
-    callback = EMANesterov(settings.lookahead_step_size, settings.ema_decay)
+    # As in the results that recipes/quickstart keeps.
+    callback = EMANesterov(settings.lookahead_step_size, settings.ema_decay, warmup=0.1)
     corpus = load_corpus(text, window_size=WINDOW_SIZE)
     run_dir = _new_folder(out_dir)
     (run_dir / "split.json").write_text(json.dumps(corpus.split, indent=1))

@@ -21,6 +21,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid #ccc; padding: 0.3rem 0.6rem; text-align: right; }
+td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; }
 """
@@ -70,8 +71,8 @@ def _introduction(study_dir: Path, results: Sequence[Result]) -> str:
         "baseline `none`; that choice was made on the losses shown. Losses are mean ± standard "
         "deviation over seeds. Differences are paired by seed, with a "
         f"{CONFIDENCE:.0%} confidence interval. β is the lookahead step size: a steady update "
-        "grows by 1 / (1 - β), so the baseline is shown at that learning rate too. State is in "
-        "elements per parameter, step time relative to the baseline, both without a model's own."
+        "grows by 1 / (1 - β), so the baseline is shown at that learning rate too. Extra "
+        "state is in elements per parameter; step times are relative to the baseline's."
     )
 
 
