@@ -520,9 +520,7 @@ def run_attached(options: dict[str, Any]) -> dict[str, Any]:
         attached.load(options["load_first"])
     called = torch.compile(module, backend="eager") if options.get("compile") else module
     if not options.get("plain"):
-        handle = attach_ema_nesterov(
-            optimizer, called, ema_decay=0.9, warmup=1, rest=1, total_steps=8
-        )
+        handle = attach_ema_nesterov(optimizer, called, ema_decay=0.9, warmup=1, total_steps=8)
         handle.start_at(options.get("start", 0))
     if options.get("load"):
         attached.load(options["load"])
@@ -588,7 +586,7 @@ def make_callbacks(options: dict[str, Any]) -> list[Callback]:
     }
     one_pass._MIN_ELEMENTS = codecs._MIN_ELEMENTS = 1  # the model is small
     codecs.BLOCK_SIZE = 4
-    forms["rest"] = options.get("rest", 1)
+    forms["rest"] = options.get("rest", 0)
     callback: Callback = kind(options.get("step_size", 0.5), 0.9, warmup=1, total_steps=8, **forms)
     if "peer" in options:
         peers = {"gpa": GPA(0.7, 0.9), "snoo": SNOO(3, 0.8, 0.5)}
