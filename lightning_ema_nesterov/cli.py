@@ -159,7 +159,9 @@ def main() -> None:
                 "convex": convex,
                 "pretrain": pretrain,
                 "benchmark": benchmark,
-            }
+            },
+            # jsonargparse wants a value behind the name of a bool.
+            args=["--quick=true" if arg == "--quick" else arg for arg in sys.argv[1:]],
         )
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"ema-nesterov: {error}")

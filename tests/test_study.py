@@ -27,7 +27,7 @@ from lightning_ema_nesterov.study.load import load_study
 from lightning_ema_nesterov.study.report import write_report
 from lightning_ema_nesterov.study.results import Result, read_events, read_lines
 from lightning_ema_nesterov.study.spec import Run, Study
-from lightning_ema_nesterov.study.tables import markdown_table, standings
+from lightning_ema_nesterov.study.tables import markdown_table, paired_difference, standings
 
 TESTS = Path(__file__).parent
 STUDIES = TESTS.parent / "recipes/studies"
@@ -172,9 +172,9 @@ def test_finished_runs_are_not_repeated_and_missing_ones_are(study_dir: Path) ->
 
 def test_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     """By the command, killed after its first finished run, and again with two workers."""
-    path = write(tmp_path, num_steps=40)
+    path = write(tmp_path, quick={"num_steps": 40})
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "lightning_ema_nesterov.cli", "compare", str(path)]
+    command = [sys.executable, "-m", "lightning_ema_nesterov.cli", "compare", str(path), "--quick"]
     command += ["--out_dir", str(out), "--num_workers"]
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"}
     process = subprocess.Popen(
@@ -457,3 +457,22 @@ def test_table_of_convex_problems_is_that_of_the_lines() -> None:
         assert f"| {line['step_size']:.3f} |" in text
         assert f"| {line['measured']:.4f} |" in text
     assert text.count("quadratic |") + text.count("| logistic") == len(lines)
+
+
+def test_readme_states_the_difference_over_six_seeds() -> None:
+    """AdamW at its best learning rate, with warmup=0.3 and rest=0.15: seeds of two studies."""
+    none: dict[int, Result] = {}
+    ema: dict[int, Result] = {}
+    for study, name in (("phases", "ema[warmup=0.3,rest=0.15]"), ("late", "ema_nesterov")):
+        for found in read_lines(STUDIES / f"results/{study}.jsonl"):
+            if (found.run.base, found.run.lr) == ("adamw", 0.002):
+                for method, kept in (("none", none), (name, ema)):
+                    if found.run.method == method:
+                        kept[found.run.seed] = found
+    assert set(none) == set(ema) == set(range(6))
+    mean, low, high = paired_difference(ema, none)
+    readme = (STUDIES.parent.parent / "README.md").read_text()
+    assert f"better by {-mean:.3f} nats, 95 % interval {-high:.3f} to {-low:.3f}" in readme
+    assert f"it is {mean:+.3f} [{low:+.3f}, {high:+.3f}] over six" in (
+        STUDIES / "README.md"
+    ).read_text().replace("\n", " ").replace("  ", " ").replace("seeds 0 to 2 it is", "it is")
