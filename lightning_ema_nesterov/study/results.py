@@ -16,6 +16,7 @@ __all__ = [
     "STATE_PER_PARAMETER",
     "STEP_SECONDS",
     "Result",
+    "read_event_folder",
     "read_events",
     "read_lines",
     "write_line",
