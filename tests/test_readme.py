@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import yaml
 from toys import Toy, adamw, loader
 
-from lightning_ema_nesterov import EMANesterov
+from lightning_ema_nesterov import EMANesterov, litgpt
 from lightning_ema_nesterov.litgpt.build import build_optimizer
 from lightning_ema_nesterov.metrics import StepMetrics
 from lightning_ema_nesterov.schedule import MAX_LR_KEY
@@ -50,10 +51,12 @@ def test_yaml_blocks_build_what_they_name() -> None:
     assert MAX_LR_KEY in optimizer.param_groups[0]  # the method is attached
 
 
-def test_table_of_arguments_has_their_defaults() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| `?([\w.]+)`? \|", README, re.MULTILINE)
-    parameters = inspect.signature(EMANesterov).parameters
-    assert dict(rows) == {name: str(p.default) for name, p in parameters.items()}
+@pytest.mark.parametrize("made_by", [EMANesterov, litgpt.ema_nesterov])
+def test_table_of_arguments_has_their_defaults(made_by: Callable[..., object]) -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| `?([\w.]+)`? \|", README, re.MULTILINE))
+    assert set(rows) == set(inspect.signature(EMANesterov).parameters)
+    parameters = inspect.signature(made_by).parameters
+    assert rows == {name: str(parameters[name].default) for name in rows}
 
 
 def test_table_of_tags_is_complete() -> None:

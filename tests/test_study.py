@@ -358,12 +358,12 @@ def test_report_of_a_grid_is_a_map(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_studies_run_in_miniature(path: Path, tmp_path: Path) -> None:
-    """The quick form of each, with two steps, one learning rate, and a text of the test's own."""
+    """The quick form of each, with ten steps, one learning rate, and a text of the test's own."""
     text = tmp_path / "text.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 200)
     raw = yaml.safe_load(path.read_text())
     raw["data"]["init_args"].update(text=str(text), batch_size=1, num_validation_windows=1)
-    quick = {**raw["quick"], "num_steps": 2, "num_validations": 1}
+    quick = {**raw["quick"], "num_steps": 10, "num_validations": 1}
     for base in raw["base_optimizers"].values():
         base["lrs"] = base["lrs"][:1]
         for other in base.get("instead", {}).values():

@@ -29,7 +29,7 @@ def ema_nesterov(
     base: str | dict[str, Any],
     lookahead_step_size: float = 0.5,
     ema_decay: float = 0.99,
-    warmup: int | float = 0.1,
+    warmup: int | float = 0.3,
     rest: int | float = 0.15,
     total_steps: int | None = None,
     scale_with_lr: bool = True,

@@ -85,8 +85,7 @@ def run_quickstart(settings: Settings, *, out_dir: Path, text: Path | None = Non
         The new folder, with one folder of TensorBoard logs for each run, ``curves.png``,
         ``results.json`` and ``split.json``.
     """
-    # As in the results that recipes/quickstart keeps.
-    callback = EMANesterov(settings.lookahead_step_size, settings.ema_decay, warmup=0.1)
+    callback = EMANesterov(settings.lookahead_step_size, settings.ema_decay)
     corpus = load_corpus(text, window_size=WINDOW_SIZE)
     run_dir = _new_folder(out_dir)
     (run_dir / "split.json").write_text(json.dumps(corpus.split, indent=1))
