@@ -24,9 +24,10 @@ class LossAlongDirection(Callback):
     r"""Log the loss at :math:`x + a\, m` for a few :math:`a`, after each validation.
 
     The loss is that of ``training_step`` on the first validation batches, in evaluation mode and
-    without gradients; what ``training_step`` logs there is dropped. Along an EMA direction it falls
-    over many steps' worth of :math:`a`; along a one-step direction (``ema_decay=0``) it climbs.
-    For the time of the measurement a copy of the parameters is kept.
+    without gradients; what ``training_step`` logs there is dropped. Along a one-step direction
+    (``ema_decay=0``) it climbs steeply. Along an EMA direction it falls where the direction holds
+    progress, as early in a run, and climbs a little where it holds noise. For the time of the
+    measurement a copy of the parameters is kept.
 
     Logged as ``ema_nesterov/loss_along/a=...``: the loss there minus that at :math:`x`, in the unit
     of the loss. :math:`a` counts steps: :math:`m` is a parameter change per step.

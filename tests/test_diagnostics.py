@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from toys import Batches, Toy, adamw, ema_nesterov, equal, loader, make_trainer, sgd, snapshot
 
+from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.diagnostics import LossAlongDirection, TrajectorySpectrum
 from lightning_ema_nesterov.direction import DIRECTION_KEY
+from lightning_ema_nesterov.quickstart.model import ByteLanguageModel
 from lightning_ema_nesterov.report import read_scalars
+from lightning_ema_nesterov.study.data import TextWindows
 
 
 class Watch(Callback):
@@ -72,6 +75,29 @@ def test_loss_along_the_direction_is_that_at_the_moved_point(tmp_path: Path) -> 
             assert abs(point.value) > 1e-5
     assert len(scalars["loss"]) == 8  # none of its own
     assert equal(final, run([]))
+
+
+def test_one_step_direction_climbs_and_the_ema_direction_hardly_does(tmp_path: Path) -> None:
+    """On the quickstart's model and data, over ten steps' worth of the direction."""
+
+    def climbs(ema_decay: float) -> list[float]:
+        torch.manual_seed(0)
+        folder = tmp_path / str(ema_decay)
+        trainer = make_trainer(
+            [EMANesterov(0.5, ema_decay), LossAlongDirection((10.0,))],
+            max_steps=150,
+            val_check_interval=50,
+            logger=TensorBoardLogger(folder, "", version=""),
+        )
+        model = ByteLanguageModel(2e-3, 150, window_size=64)
+        trainer.fit(model, datamodule=TextWindows(num_validation_windows=128))
+        return [p.value for p in read_scalars(folder)["ema_nesterov/loss_along/a=10"]]
+
+    one_step, ema = climbs(0.0), climbs(0.99)
+    assert len(one_step) == len(ema) == 2  # none in the rest
+    assert min(one_step) > 0.1
+    assert max(ema) < 0.1 * min(one_step)
+    assert ema[0] < 0
 
 
 def test_loss_along_needs_a_direction_and_a_loss(tmp_path: Path) -> None:
