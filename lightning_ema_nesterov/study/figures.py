@@ -100,6 +100,14 @@ def draw_learning_rates(path: Path, base: str, results: Sequence[Result]) -> Non
         axes.legend(fontsize="small")
 
 
+def _colour_bound(values: np.ndarray) -> float:
+    """Return twice the largest gain, so that it shows beside large losses."""
+    if not values.size:
+        return 1.0
+    gain = -float(values.min())
+    return 2.0 * gain if gain > 0 else float(np.abs(values).max()) or 1.0
+
+
 def draw_grid(path: Path, base: str, found: Sequence[Standing]) -> bool:
     """Draw the differences to the baseline over two arguments of a method, as a map of colours.
 
@@ -122,10 +130,10 @@ def draw_grid(path: Path, base: str, found: Sequence[Standing]) -> bool:
         return False
     rows, columns = (sorted({key[idx] for key in cells}) for idx in (0, 1))
     values = np.array([[cells.get((r, c), math.nan) for c in columns] for r in rows])
-    bound = float(np.nanmax(np.abs(np.where(np.isfinite(values), values, math.nan))))
+    bound = _colour_bound(values[np.isfinite(values)])
     with _figure(path, height=4.6) as figure:
         axes = figure.subplots()
-        image = axes.imshow(values, cmap="RdBu_r", vmin=-min(bound, 0.1), vmax=min(bound, 0.1))
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
         axes.grid(visible=False)
         axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
         axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
@@ -133,7 +141,9 @@ def draw_grid(path: Path, base: str, found: Sequence[Standing]) -> bool:
         axes.set_xlabel(names[1])
         axes.set_title(f"{base}: difference to the baseline (below 0, blue, is better)")
         for i, j in np.ndindex(values.shape):
-            text = f"{values[i, j]:+.3f}" if math.isfinite(values[i, j]) else "diverged"
-            axes.text(j, i, text, ha="center", va="center", fontsize="small")
-        figure.colorbar(image)
+            value = values[i, j]
+            text = f"{value:+.3f}" if math.isfinite(value) else "diverged"
+            colour = "white" if abs(value) > 0.7 * bound else "black"
+            axes.text(j, i, text, color=colour, ha="center", va="center", fontsize="small")
+        figure.colorbar(image, extend="both")
     return True
