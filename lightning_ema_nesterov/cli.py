@@ -85,7 +85,8 @@ def compare(
     A study that was stopped goes on where it stopped.
 
     Args:
-        study: YAML file that says what is trained. Examples are in recipes/studies.
+        study: YAML file that says what is trained. Examples are in recipes/studies. Models, data
+            and callbacks of yours are found beside it and in the current folder.
         out_dir: Folder of the study. By default out/studies/ and the name of the file.
         quick: Whether to train its quick form.
         num_workers: Runs at the same time, at least 1.
@@ -93,6 +94,7 @@ def compare(
     from lightning_ema_nesterov.study.compare import run_study
     from lightning_ema_nesterov.study.load import load_study
 
+    sys.path += [str(study.parent.resolve()), str(Path.cwd())]  # behind what is installed
     name = study.stem + ("-quick" if quick else "")
     folder = Path("out/studies", name) if out_dir is None else out_dir
     run_study(load_study(study, is_quick=quick), folder, num_workers=num_workers)

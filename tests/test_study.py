@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from toys import Batches, Toy, adamw
 
+from lightning_ema_nesterov.cli import main
 from lightning_ema_nesterov.report import Point
 from lightning_ema_nesterov.study.compare import run_study
 from lightning_ema_nesterov.study.load import load_study
@@ -206,6 +207,32 @@ def test_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     assert [r.run for r in after[: len(before)]] == [r.run for r in before]
     assert {result.run for result in after} == set(load_study(path).runs())
     assert len(after) == 20
+
+
+@pytest.mark.parametrize("num_workers", ["1", "2"])
+def test_model_beside_the_file_is_found(
+    num_workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And data in the current folder, of which Python's path says nothing."""
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/model_of_mine.py").write_text("from test_study import Model\n")
+    (tmp_path / "data_of_mine.py").write_text("from test_study import Data\n")
+    path = write(
+        tmp_path / "beside",
+        model={"class_path": "model_of_mine.Model"},
+        data={"class_path": "data_of_mine.Data"},
+        base_optimizers={"sgd": SGD},
+        methods={"none": None},
+        seeds=[0],
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.setattr(sys, "argv", ["x", "compare", str(path), "--num_workers", num_workers])
+    main()
+    [found] = read_lines(tmp_path / "out/studies/study/runs.jsonl")
+    assert found.run == Run("sgd", "none", 0.1, 0)
+    for name in ("model_of_mine", "data_of_mine"):
+        del sys.modules[name]  # the next test's is another file
 
 
 def test_folder_of_another_study_is_refused_and_left_alone(study_dir: Path, tmp_path: Path) -> None:
