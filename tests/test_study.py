@@ -373,14 +373,18 @@ def test_report_is_one_page_with_all_figures(study_dir: Path) -> None:
         assert f"<h2>{base}</h2>" in html
 
 
-def test_report_of_a_grid_is_a_map(tmp_path: Path) -> None:
-    grid = {"lookahead_step_size": [0.5, 0.75], "ema_decay": [0.0, 0.9]}
-    methods = {"ema": {"class_path": "EMANesterov", "grid": grid}}
+def test_report_of_a_grid_has_a_map_for_each_method(tmp_path: Path) -> None:
+    grid = {"lookahead_step_size": [0.5, 0.75], "direction_dtype": ["float32", "int8"]}
+    methods = {
+        "ema": {"class_path": "EMANesterov", "grid": grid},
+        "snoo": {"class_path": "SNOO", "grid": {"outer_lr": [0.8, 1.0], "outer_momentum": [0.5]}},
+    }
     path = write(tmp_path, methods=methods, base_optimizers={"sgd": SGD}, seeds=[0], num_steps=4)
     run_study(load_study(path), tmp_path / "out")
     text = (write_report(tmp_path / "out").parent / "report.md").read_text()
-    assert "(sgd_grid.png)" in text
+    assert re.findall(r"\((\w+\.png)\)", text) == ["sgd_ema_grid.png", "sgd_snoo_grid.png"]
     assert text.count("| ema[") == 4
+    assert text.count("| snoo[") == 2
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)

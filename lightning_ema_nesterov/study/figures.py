@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -17,7 +18,7 @@ from lightning_ema_nesterov.study.results import Result
 from lightning_ema_nesterov.study.spec import BASELINE
 from lightning_ema_nesterov.study.tables import Standing, by_lr, mean_curve
 
-__all__ = ["draw_curves", "draw_grid", "draw_learning_rates"]
+__all__ = ["draw_curves", "draw_grids", "draw_learning_rates"]
 
 _COLOURS = ["tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:pink"]
 
@@ -100,50 +101,71 @@ def draw_learning_rates(path: Path, base: str, results: Sequence[Result]) -> Non
         axes.legend(fontsize="small")
 
 
+def draw_grids(folder: Path, base: str, found: Sequence[Standing]) -> list[Path]:
+    """Draw the differences to the baseline over two arguments of a method, as maps of colours.
+
+    Args:
+        folder: Where the PNG files go.
+        base: Name of the base optimizer.
+        found: Its standings.
+
+    Returns:
+        A file for each method with two arguments in a grid.
+    """
+    grids: dict[str, _Grid] = {}
+    for standing in found:
+        match = re.fullmatch(r"(.*)\[(\w+)=([^,]+),(\w+)=([^,]+)\]", standing.method)
+        if match:
+            method, row, row_value, column, column_value = match.groups()
+            grid = grids.setdefault(method, _Grid(f"{base}, {method}", row, column))
+            grid.cells[row_value, column_value] = standing.difference.mean
+    paths = {folder / f"{base}_{method}_grid.png": grid for method, grid in grids.items()}
+    for path, grid in paths.items():
+        _draw_grid(path, grid)
+    return list(paths)
+
+
+@dataclass
+class _Grid:
+    title: str
+    row: str
+    column: str
+    cells: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+def _draw_grid(path: Path, grid: _Grid) -> None:
+    rows, columns = (_in_order([key[idx] for key in grid.cells]) for idx in (0, 1))
+    values = np.array([[grid.cells.get((r, c), math.nan) for c in columns] for r in rows])
+    bound = _colour_bound(values[np.isfinite(values)])
+    with _figure(path, height=1.6 + 0.6 * len(rows)) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+        axes.grid(visible=False)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_ylabel(grid.row)
+        axes.set_xlabel(grid.column)
+        axes.set_title(f"{grid.title}: difference to the baseline (below 0, blue, is better)")
+        for i, j in np.ndindex(values.shape):
+            value = values[i, j]
+            text = "" if math.isnan(value) else f"{value:+.3f}" if value < math.inf else "diverged"
+            colour = "white" if 0.7 * bound < abs(value) < math.inf else "black"
+            axes.text(j, i, text, color=colour, ha="center", va="center", fontsize="small")
+        figure.colorbar(image, extend="both")
+
+
+def _in_order(labels: Sequence[str]) -> list[str]:
+    """Return different labels, by their value where they are numbers."""
+    unique = list(dict.fromkeys(labels))
+    try:
+        return sorted(unique, key=float)
+    except ValueError:
+        return unique
+
+
 def _colour_bound(values: np.ndarray) -> float:
     """Return twice the largest gain, so that it shows beside large losses."""
     if not values.size:
         return 1.0
     gain = -float(values.min())
     return 2.0 * gain if gain > 0 else float(np.abs(values).max()) or 1.0
-
-
-def draw_grid(path: Path, base: str, found: Sequence[Standing]) -> bool:
-    """Draw the differences to the baseline over two arguments of a method, as a map of colours.
-
-    Args:
-        path: PNG file.
-        base: Name of the base optimizer.
-        found: Its standings.
-
-    Returns:
-        Whether there were methods with two arguments in a grid; otherwise nothing is drawn.
-    """
-    cells = {}
-    for standing in found:
-        match = re.fullmatch(r".*\[(\w+)=([^,]+),(\w+)=([^,]+)\]", standing.method)
-        if match:
-            row, column = float(match[2]), float(match[4])
-            cells[row, column] = standing.difference.mean
-            names = match[1], match[3]
-    if not cells:
-        return False
-    rows, columns = (sorted({key[idx] for key in cells}) for idx in (0, 1))
-    values = np.array([[cells.get((r, c), math.nan) for c in columns] for r in rows])
-    bound = _colour_bound(values[np.isfinite(values)])
-    with _figure(path, height=4.6) as figure:
-        axes = figure.subplots()
-        image = axes.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
-        axes.grid(visible=False)
-        axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
-        axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
-        axes.set_ylabel(names[0])
-        axes.set_xlabel(names[1])
-        axes.set_title(f"{base}: difference to the baseline (below 0, blue, is better)")
-        for i, j in np.ndindex(values.shape):
-            value = values[i, j]
-            text = f"{value:+.3f}" if math.isfinite(value) else "diverged"
-            colour = "white" if abs(value) > 0.7 * bound else "black"
-            axes.text(j, i, text, color=colour, ha="center", va="center", fontsize="small")
-        figure.colorbar(image, extend="both")
-    return True

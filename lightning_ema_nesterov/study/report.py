@@ -11,7 +11,7 @@ from pathlib import Path
 import markdown
 
 from lightning_ema_nesterov.study.compare import CONFIG, RUNS
-from lightning_ema_nesterov.study.figures import draw_curves, draw_grid, draw_learning_rates
+from lightning_ema_nesterov.study.figures import draw_curves, draw_grids, draw_learning_rates
 from lightning_ema_nesterov.study.results import Result, read_events
 from lightning_ema_nesterov.study.tables import CONFIDENCE, Standing, markdown_table, standings
 
@@ -78,10 +78,11 @@ def _introduction(study_dir: Path, results: Sequence[Result]) -> str:
 
 def _section(folder: Path, base: str, results: Sequence[Result]) -> str:
     found = standings(results, base)
-    grid = folder / f"{base}_grid.png"
-    if draw_grid(grid, base, found):
+    grids = draw_grids(folder, base, found)
+    if grids:
         table = markdown_table([found[0], *sorted(found[1:], key=_mean_difference)])
-        return f"## {base}\n\n![Differences to the baseline]({grid.name})\n\n{table}"
+        pictures = [f"![Differences to the baseline]({path.name})" for path in grids]
+        return "\n\n".join([f"## {base}", *pictures, table])
     curves, rates = folder / f"{base}_curves.png", folder / f"{base}_learning_rates.png"
     draw_curves(curves, base, found)
     draw_learning_rates(rates, base, results)
