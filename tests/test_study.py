@@ -210,6 +210,33 @@ def test_study_that_was_killed_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", ["1", "2"])
+def test_ctrl_c_stops_with_one_line(num_workers: str, tmp_path: Path) -> None:
+    path = write(tmp_path, num_steps=4000)
+    command = [sys.executable, "-m", "lightning_ema_nesterov.cli", "compare", str(path)]
+    process = subprocess.Popen(
+        [*command, "--num_workers", num_workers],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("events.out.tfevents.*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    last = error.replace("\r", "\n").rstrip().splitlines()[-1]
+    assert last == "Stopped. The same command goes on from here."
+    assert "Traceback" not in error
+    assert "leaked" not in error
+
+
+@pytest.mark.parametrize("num_workers", ["1", "2"])
 def test_model_beside_the_file_is_found(
     num_workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,10 +6,13 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -43,8 +46,20 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
     left = [run for run in runs if run not in finished]
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished. Folder: {out_dir}")
     print(f"Watch: tensorboard --logdir {out_dir / RUNS}")
-    with tqdm(total=len(runs), initial=len(runs) - len(left), unit="run") as progress:
-        waiting = dict.fromkeys(left)
+    try:
+        _train_all(
+            study, left, out_dir, num_workers=num_workers, num_finished=len(runs) - len(left)
+        )
+    except (KeyboardInterrupt, SystemExit):  # the latter is the Trainer's answer to Ctrl-C
+        sys.exit("Stopped. The same command goes on from here.")
+    print(f"Report: ema-nesterov report {out_dir}")
+
+
+def _train_all(
+    study: Study, left: Sequence[Run], out_dir: Path, *, num_workers: int, num_finished: int
+) -> None:
+    waiting = dict.fromkeys(left)
+    with tqdm(total=num_finished + len(left), initial=num_finished, unit="run") as progress:
         progress.set_description(_describe(waiting, num_workers))
         for result in _results(study, left, out_dir / RUNS, num_workers):
             write_line(out_dir / LINES, result)
@@ -53,7 +68,6 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
             progress.set_postfix_str(f"last: {outcome}")
             progress.set_description(_describe(waiting, num_workers))
             progress.update()
-    print(f"Report: ema-nesterov report {out_dir}")
 
 
 def _describe(waiting: Iterable[Run], num_workers: int) -> str:
@@ -85,19 +99,35 @@ def _results(study: Study, runs: Sequence[Run], root: Path, num_workers: int) ->
             yield _train(study, run, root)
         return
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=_end_with_parent, initargs=(os.getpid(),)
+        num_workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
     ) as pool:
-        futures = [pool.submit(_train, study, run, root) for run in runs]
+        with _interrupts_ignored():  # the workers keep to that: Ctrl-C reaches them too
+            futures = [pool.submit(_train, study, run, root) for run in runs]
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _end_with_parent(parent: int) -> None:
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start_worker(parent: int) -> None:
     """Have a worker end when the study was killed, which could not tell it."""
+    tqdm.set_lock(threading.RLock())  # its own, between processes, outlives a killed worker
 
     def watch() -> None:
         while os.getppid() == parent:
