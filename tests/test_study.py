@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from lightning_ema_nesterov.study.load import load_study
 from lightning_ema_nesterov.study.report import write_report
 from lightning_ema_nesterov.study.results import Result, read_events, read_lines
 from lightning_ema_nesterov.study.spec import Run, Study
-from lightning_ema_nesterov.study.tables import markdown_table, paired_difference, standings
+from lightning_ema_nesterov.study.tables import markdown_table, standings
 
 TESTS = Path(__file__).parent
 STUDIES = TESTS.parent / "recipes/studies"
@@ -492,6 +493,15 @@ def test_convex_rates_are_those_of_the_theory(
         convex.convex_step_size(10.0, 0.95)
 
 
+def test_example_in_the_readme_of_the_studies_is_a_study(tmp_path: Path) -> None:
+    text = (STUDIES / "README.md").read_text()
+    [example] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my.yaml").write_text(re.sub(r"my_model\.My", "test_study.", example))
+    study = load_study(tmp_path / "my.yaml")
+    assert len(study.methods) == 3 + 4
+    assert study.model == {"class_path": "test_study.Model"}
+
+
 RESULTS = sorted(path for path in (STUDIES / "results").glob("*.jsonl") if path.stem != "convex")
 
 
@@ -517,20 +527,31 @@ def test_table_of_convex_problems_is_that_of_the_lines() -> None:
     assert text.count("quadratic |") + text.count("| logistic") == len(lines)
 
 
-def test_readme_states_the_difference_over_six_seeds() -> None:
-    """AdamW at its best learning rate, with warmup=0.3 and rest=0.15: seeds of two studies."""
-    none: dict[int, Result] = {}
-    ema: dict[int, Result] = {}
-    for study, name in (("phases", "ema[warmup=0.3,rest=0.15]"), ("late", "ema_nesterov")):
-        for found in read_lines(STUDIES / f"results/{study}.jsonl"):
-            if (found.run.base, found.run.lr) == ("adamw", 0.002):
-                for method, kept in (("none", none), (name, ema)):
-                    if found.run.method == method:
-                        kept[found.run.seed] = found
-    assert set(none) == set(ema) == set(range(6))
-    mean, low, high = paired_difference(ema, none)
+def test_results_in_the_readme_are_those_of_the_lines() -> None:
     readme = (STUDIES.parent.parent / "README.md").read_text()
-    assert f"better by {-mean:.3f} nats, 95 % interval {-high:.3f} to {-low:.3f}" in readme
-    assert f"it is {mean:+.3f} [{low:+.3f}, {high:+.3f}] over six" in (
-        STUDIES / "README.md"
-    ).read_text().replace("\n", " ").replace("  ", " ").replace("seeds 0 to 2 it is", "it is")
+    expected = []
+    for name in ("late", "longer", "quiet"):
+        study = load_study(STUDIES / f"{name}.yaml")
+        results = read_lines(STUDIES / f"results/{name}.jsonl")
+        for base in study.base_optimizers:
+            found = {standing.method: standing for standing in standings(results, base)}
+            none, ema = found["none"], found["ema_nesterov"]
+            gap = ema.difference
+            cells = [
+                {"adamw": "AdamW", "muon": "Muon", "soap": "SOAP"}[base],
+                f"{study.data['init_args']['batch_size']} | {study.num_steps:,}",
+                f"{min(none.results)} to {max(none.results)}",
+                *(f"{mean(x.finals):.4f} ± {stdev(x.finals):.4f}" for x in (none, ema)),
+                f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]",
+            ]
+            expected.append(f"| {' | '.join(cells)} |")
+    rows = re.findall(r"^\| (?:AdamW|Muon|SOAP) \|.*$", readme, re.MULTILINE)
+    assert rows == expected
+
+
+def test_intervals_in_the_text_are_those_of_a_table() -> None:
+    text, _, tables = (STUDIES / "README.md").read_text().partition("\n## noisy")
+    intervals = re.findall(r"[+-]\d\.\d{4}\s\[[^\]]+\]", text)
+    assert len(intervals) >= 10
+    for interval in intervals:
+        assert re.sub(r"\s+", " ", interval) in tables

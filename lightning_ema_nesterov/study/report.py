@@ -18,9 +18,9 @@ from lightning_ema_nesterov.study.tables import CONFIDENCE, Standing, markdown_t
 __all__ = ["write_report"]
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #ccc; padding: 0.3rem 0.6rem; text-align: right; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 88rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-size: 0.8rem; display: block; overflow-x: auto; }
+th, td { border-bottom: 1px solid #ccc; padding: 0.3rem 0.5rem; text-align: right; }
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; }
