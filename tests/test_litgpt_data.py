@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_ema_nesterov.litgpt import StdlibBytes, TextBytes, TokenShards, windows
+from lightning_ema_nesterov.litgpt import data as data_module
 from lightning_ema_nesterov.litgpt.windows import WindowLoader, fixed_windows
 from lightning_ema_nesterov.quickstart import corpus
 from lightning_ema_nesterov.quickstart.corpus import load_corpus
@@ -152,6 +153,28 @@ def test_standard_library_is_the_corpus_of_the_quickstart(tmp_path: Path) -> Non
     batch: Tensor = next(iter(data.train_dataloader()))
     assert batch.shape == (2, 65)
     assert batch.dtype == torch.int64
+
+
+def test_two_runs_may_prepare_the_same_text_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A baseline and its overlay, started side by side: one comes second, with all written."""
+    text = tmp_path / "text.txt"
+    text.write_text("all work and no play makes Jack a dull boy. " * 100)
+    first, second = (TextBytes(path=text, cache_dir=tmp_path / "cache") for _ in range(2))
+    for data in (first, second):
+        data.connect(batch_size=2, max_seq_length=16)
+
+    def load_while_the_first_is_quicker(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(data_module, "load_corpus", load_corpus)
+        first.prepare_data()
+        return load_corpus(*args, **kwargs)
+
+    monkeypatch.setattr(data_module, "load_corpus", load_while_the_first_is_quicker)
+    second.prepare_data()
+    second.setup()
+    assert len(second.train_parts[0]) > 0
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # nothing half made is left
 
 
 def test_text_is_read_again_when_it_changed(tmp_path: Path) -> None:

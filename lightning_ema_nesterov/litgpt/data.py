@@ -99,7 +99,11 @@ class StdlibBytes(_WindowData):
             np.save(made / "train.npy", corpus.train.numpy())
             np.save(made / "validation.npy", corpus.validation.numpy())
             (made / "split.json").write_text(json.dumps(corpus.split, indent=1))
-            made.rename(folder)  # whole or not at all
+            try:
+                made.rename(folder)  # whole or not at all
+            except OSError:
+                if not folder.exists():  # else another run made the same meanwhile
+                    raise
 
     @override
     def setup(self, stage: str = "") -> None:
