@@ -207,7 +207,9 @@ def test_bad_input_gets_one_line(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code != 0
-    assert message in f"{end.value.code}{capsys.readouterr().err}"
+    said = f"{end.value.code}{capsys.readouterr().err}"
+    assert message in said
+    assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
 
 

@@ -121,6 +121,21 @@ def test_table_of_results_is_that_of_the_stored_runs() -> None:
         assert [cell.strip() for cell in cells.split("|")][:3] == expected
 
 
+def test_best_against_best_is_that_of_the_stored_runs() -> None:
+    text = (ROOT / "recipes/quickstart/README.md").read_text()
+    runs = stored_runs()
+    stated = re.findall(r"best against best by (\d\.\d{3})", text)
+    batches = sorted({batch for batch, _ in runs})
+    assert len(stated) == len(batches)
+    for gap, batch in zip(stated, batches, strict=True):
+        tried = [chosen for (size, _), chosen in runs.items() if size == batch]
+        base, treated = (
+            min(mean(c[key] for c in chosen) for chosen in tried)
+            for key in ("baseline_final", "final")
+        )
+        assert gap == f"{base - treated:.3f}"
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_default_callback_trains_a_run_of_any_length(tmp_path: Path) -> None:
     from toys import make_trainer

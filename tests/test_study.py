@@ -85,6 +85,10 @@ def write(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def environment_with_tests() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"}
+
+
 @pytest.fixture(autouse=True)
 def _find_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TESTS))
@@ -178,7 +182,7 @@ def test_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "lightning_ema_nesterov.cli", "compare", str(path), "--quick"]
     command += ["--out_dir", str(out), "--num_workers"]
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = environment_with_tests()
     process = subprocess.Popen(
         [*command, "1"], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -217,7 +221,7 @@ def test_ctrl_c_stops_with_one_line(num_workers: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*command, "--num_workers", num_workers],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"},
+        env=environment_with_tests(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -44,12 +44,11 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
     runs = study.runs()
     finished = {result.run for result in read_lines(out_dir / LINES)}
     left = [run for run in runs if run not in finished]
-    print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished. Folder: {out_dir}")
+    num_finished = len(runs) - len(left)
+    print(f"{len(runs)} runs, {num_finished} of them finished. Folder: {out_dir}")
     print(f"Watch: tensorboard --logdir {out_dir / RUNS}")
     try:
-        _train_all(
-            study, left, out_dir, num_workers=num_workers, num_finished=len(runs) - len(left)
-        )
+        _train_all(study, left, out_dir, num_workers=num_workers, num_finished=num_finished)
     except (KeyboardInterrupt, SystemExit):  # the latter is the Trainer's answer to Ctrl-C
         sys.exit("Stopped. The same command goes on from here.")
     print(f"Report: ema-nesterov report {out_dir}")
