@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ema_nesterov.lookahead import Lookahead
-from lightning_ema_nesterov.metrics import StepMetrics
-from lightning_ema_nesterov.schedule import LookaheadSchedule
-from lightning_ema_nesterov.variants import make_directions
+from lightning_ema_nesterov.core.lookahead import Lookahead
+from lightning_ema_nesterov.core.metrics import StepMetrics
+from lightning_ema_nesterov.core.schedule import LookaheadSchedule
+from lightning_ema_nesterov.rules.make import make_directions
 
 __all__ = ["EMANesterovHandle", "attach_ema_nesterov"]
 

@@ -10,21 +10,21 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ema_nesterov.lookahead import Lookahead
-from lightning_ema_nesterov.metrics import tag_suffixes
-from lightning_ema_nesterov.placement import LookaheadCallback
-from lightning_ema_nesterov.schedule import (
+from lightning_ema_nesterov.core.lookahead import Lookahead
+from lightning_ema_nesterov.core.metrics import tag_suffixes
+from lightning_ema_nesterov.core.schedule import (
     LookaheadSchedule,
     check_duration,
     check_total_steps,
     check_unit_interval,
 )
-from lightning_ema_nesterov.trainer import (
+from lightning_ema_nesterov.rules.make import check_variant, make_directions
+from lightning_ema_nesterov.trainer.base_callback import LookaheadCallback
+from lightning_ema_nesterov.trainer.questions import (
     estimate_total_steps,
     is_watched_between_steps,
     tell_max_lr,
 )
-from lightning_ema_nesterov.variants import check_variant, make_directions
 
 __all__ = ["EMANesterov"]
 

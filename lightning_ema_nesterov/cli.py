@@ -32,7 +32,7 @@ def quickstart(
         out_dir: Folder for logs, checkpoints, the table and the picture; each call makes a run_N.
         text: A text file, or a folder of text files, instead of Python's standard library.
     """
-    from lightning_ema_nesterov.quickstart.experiment import Settings, run_quickstart
+    from lightning_ema_nesterov.experiments.quickstart import Settings, run_quickstart
 
     settings = Settings(num_steps, seed, lr, lookahead_step_size, ema_decay, batch_size)
     run_quickstart(settings, out_dir=out_dir, text=text)
@@ -60,7 +60,7 @@ def benchmark(
         device: As torch names it.
         out: JSON file for the figures.
     """
-    from lightning_ema_nesterov.benchmark import run_benchmark
+    from lightning_ema_nesterov.experiments.benchmark.run import run_benchmark
 
     sizes = [(elements, tensors) for elements in num_elements for tensors in num_tensors]
     run_benchmark(
@@ -91,8 +91,8 @@ def compare(
         quick: Whether to train its quick form.
         num_workers: Runs at the same time, at least 1.
     """
-    from lightning_ema_nesterov.study.compare import run_study
-    from lightning_ema_nesterov.study.load import load_study
+    from lightning_ema_nesterov.experiments.study.compare import run_study
+    from lightning_ema_nesterov.experiments.study.load import load_study
 
     sys.path += [str(study.parent.resolve()), str(Path.cwd())]  # behind what is installed
     name = study.stem + ("-quick" if quick else "")
@@ -106,7 +106,7 @@ def convex(*, out: Path = Path("out/convex.jsonl")) -> None:
     Args:
         out: File for the results, as JSON lines.
     """
-    from lightning_ema_nesterov.study.convex import run_convex
+    from lightning_ema_nesterov.experiments.convex import run_convex
 
     run_convex(out)
 
@@ -117,7 +117,7 @@ def report(study_dir: Path) -> None:
     Args:
         study_dir: Folder that `ema-nesterov compare` wrote.
     """
-    from lightning_ema_nesterov.study.report import write_report
+    from lightning_ema_nesterov.experiments.study.report import write_report
 
     write_report(study_dir)
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from toys import Batches, Toy, adamw, batch_gradients, relative_error, sgd, snapshot
 
 from lightning_ema_nesterov import attach_ema_nesterov
-from lightning_ema_nesterov.direction import DIRECTION_KEY
+from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
+from tests.core import reference
+from tests.toys import Batches, Toy, adamw, batch_gradients, relative_error, sgd, snapshot
 
 
 class Net(nn.Module):

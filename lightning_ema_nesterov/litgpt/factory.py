@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ema_nesterov.attach import EMANesterovHandle, attach_ema_nesterov
-from lightning_ema_nesterov.litgpt.build import build_optimizer, check_place, yaml_key
 from lightning_ema_nesterov.litgpt.run import LitGPTRun, find_module
+from lightning_ema_nesterov.optimizers.from_config import build_optimizer, check_place, yaml_key
 
 __all__ = ["ema_nesterov"]
 

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_ema_nesterov.litgpt.build import build_optimizer
 from lightning_ema_nesterov.litgpt.run import find_module
+from lightning_ema_nesterov.optimizers.from_config import build_optimizer
 
 __all__ = ["OptimizerPerRole", "by_role", "roles_of"]
 

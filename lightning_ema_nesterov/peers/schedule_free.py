@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_ema_nesterov.trainer import replace_method
+from lightning_ema_nesterov.trainer.questions import replace_method
 
 __all__ = ["ScheduleFree"]
 

@@ -1,0 +1,6 @@
+"""Callbacks that show what EMA-Nesterov relies on, during any run of the Trainer."""
+
+from lightning_ema_nesterov.diagnostics.loss_along_direction import LossAlongDirection
+from lightning_ema_nesterov.diagnostics.trajectory_spectrum import TrajectorySpectrum
+
+__all__ = ["LossAlongDirection", "TrajectorySpectrum"]

@@ -1,0 +1,1 @@
+"""What the method costs, in time and memory."""

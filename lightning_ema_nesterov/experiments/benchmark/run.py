@@ -1,0 +1,96 @@
+"""What EMA-Nesterov costs: time and memory against a straightforward form and a plain copy."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lightning_ema_nesterov.experiments.benchmark.measure import Cost, measure_cost
+from lightning_ema_nesterov.experiments.event_files import format_table
+
+__all__ = ["run_benchmark"]
+
+_HEADER = [
+    "form",
+    "elements",
+    "tensors",
+    "threads",
+    "of straightforward",
+    "of a copy",
+    "method",
+    "AdamW step",
+    "state",
+    "peak",
+]
+
+
+def run_benchmark(
+    sizes: Sequence[tuple[int, int]],
+    *,
+    forms: Sequence[str],
+    num_rounds: int,
+    num_threads: Sequence[int],
+    device: str,
+    out: Path,
+) -> None:
+    """Measure sizes, print a table, and write a JSON file.
+
+    Args:
+        sizes: Pairs of a number of elements and a number of parameters.
+        forms: Keys of :data:`FORMS`.
+        num_rounds: As for :func:`measure_cost`.
+        num_threads: Numbers of threads of torch on a CPU, at least 1.
+        device: As torch names it.
+        out: The file; its folder is made.
+
+    Raises:
+        ValueError: If a number is too small, or a form is unknown.
+    """
+    if min(num_threads, default=0) < 1:
+        raise ValueError(f"num_threads must be at least 1, got {list(num_threads)}.")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports every start and stop
+    costs = []
+    cases = [(t, form, size) for t in num_threads for form in forms for size in sizes]
+    for threads, form, (num_elements, num_tensors) in tqdm(cases, desc="Measuring"):
+        torch.set_num_threads(threads)
+        costs.append(
+            measure_cost(num_elements, num_tensors, form=form, num_rounds=num_rounds, device=device)
+        )
+    machine = {"cpu": _cpu_name(), "torch": torch.__version__, "device": device}
+    figures = {**machine, "num_rounds": num_rounds, "costs": [asdict(cost) for cost in costs]}
+    figures["us_per_tensor"] = overheads = _overheads(costs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(figures, indent=1))
+    print(format_table([_HEADER, *(cost.as_row() for cost in costs)]))
+    for form, overhead in overheads.items():
+        print(f"{form}: {overhead:.1f} us for each further tensor")
+    print(f"\nFigures: {out}")
+
+
+def _overheads(costs: Sequence[Cost]) -> dict[str, float]:
+    """Return what a further tensor of the smallest model costs in each form, in microseconds."""
+    smallest = min(cost.num_elements for cost in costs)
+    found = {}
+    for form in dict.fromkeys(cost.form for cost in costs):
+        # The division into tensors rounds the number of elements.
+        rows = [c for c in costs if c.form == form and c.num_elements < 1.5 * smallest]
+        rows = [c for c in rows if c.num_threads == rows[0].num_threads]
+        few, many = (pick(rows, key=lambda c: c.num_tensors) for pick in (min, max))
+        if few.num_tensors < many.num_tensors:
+            slope = (many.method_ms - few.method_ms) / (many.num_tensors - few.num_tensors)
+            found[form] = 1e3 * slope
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

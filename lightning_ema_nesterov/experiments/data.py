@@ -1,0 +1,78 @@
+"""Windows of text for a study: bytes of Python's standard library or of the user's text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import override
+
+from lightning_ema_nesterov.litgpt.data.corpus import evenly_spaced, load_corpus
+
+__all__ = ["TextWindows"]
+
+
+class TextWindows(LightningDataModule):
+    """Random windows of bytes to train on, without an end; the same ones to validate on each time.
+
+    The order follows from torch's global seed.
+
+    Args:
+        text: A file, or a folder of text files. ``None``: the running Python's standard library.
+        window_size: Inputs in a window. One byte more is returned: the last target.
+        batch_size: Windows in a batch, at least 1.
+        num_validation_windows: Windows to validate on, at most.
+    """
+
+    def __init__(
+        self,
+        text: str | None = None,
+        *,
+        window_size: int = 64,
+        batch_size: int = 8,
+        num_validation_windows: int = 512,
+    ) -> None:
+        super().__init__()
+        self.text = None if text is None else Path(text)
+        self.window_size = window_size
+        self.batch_size = batch_size
+        self.num_validation_windows = num_validation_windows
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Read and split the text."""
+        self.corpus = load_corpus(self.text, window_size=self.window_size)
+
+    @override
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Return batches of shape ``(batch_size, window_size + 1)``."""
+        windows = _RandomWindows(self.corpus.train, self.window_size, torch.initial_seed())
+        return DataLoader(windows, batch_size=self.batch_size)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Return the batches to validate on."""
+        held_out = evenly_spaced(
+            self.corpus.validation,
+            window_size=self.window_size,
+            num_windows=self.num_validation_windows,
+        )
+        return DataLoader(held_out, batch_size=128)
+
+
+class _RandomWindows(IterableDataset[Tensor]):
+    def __init__(self, data: Tensor, window_size: int, seed: int) -> None:
+        self.data = data
+        self.window_size = window_size
+        self.seed = seed
+
+    @override
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            start = int(torch.randint(len(self.data) - self.window_size, (), generator=generator))
+            yield self.data[start : start + self.window_size + 1].long()

@@ -1,0 +1,1 @@
+"""Studies: methods, base optimizers, learning rates and seeds, compared."""

@@ -1,0 +1,146 @@
+"""Train the runs of a study that are not finished yet."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lightning_ema_nesterov.experiments.study.results import (
+    Result,
+    read_event_folder,
+    read_lines,
+    write_line,
+)
+from lightning_ema_nesterov.experiments.study.spec import Run, Study
+from lightning_ema_nesterov.experiments.study.train import train_run
+
+__all__ = ["RUNS", "run_study"]
+
+CONFIG, LINES, RUNS = "study.json", "runs.jsonl", "runs"
+
+
+def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
+    """Train what is left of a study.
+
+    Args:
+        study: The study.
+        out_dir: Its folder, with ``study.json``, one line for each finished run in ``runs.jsonl``,
+            and TensorBoard event files below ``runs``.
+        num_workers: Runs at the same time, at least 1.
+
+    Raises:
+        ValueError: If the folder holds another study.
+    """
+    if num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, got {num_workers}.")
+    _claim(study, out_dir)
+    runs = study.runs()
+    finished = {result.run for result in read_lines(out_dir / LINES)}
+    left = [run for run in runs if run not in finished]
+    num_finished = len(runs) - len(left)
+    print(f"{len(runs)} runs, {num_finished} of them finished. Folder: {out_dir}")
+    print(f"Watch: tensorboard --logdir {out_dir / RUNS}")
+    try:
+        _train_all(study, left, out_dir, num_workers=num_workers, num_finished=num_finished)
+    except (KeyboardInterrupt, SystemExit):  # the latter is the Trainer's answer to Ctrl-C
+        sys.exit("Stopped. The same command goes on from here.")
+    print(f"Report: ema-nesterov report {out_dir}")
+
+
+def _train_all(
+    study: Study, left: Sequence[Run], out_dir: Path, *, num_workers: int, num_finished: int
+) -> None:
+    waiting = dict.fromkeys(left)
+    with tqdm(total=num_finished + len(left), initial=num_finished, unit="run") as progress:
+        progress.set_description(_describe(waiting, num_workers))
+        for result in _results(study, left, out_dir / RUNS, num_workers):
+            write_line(out_dir / LINES, result)
+            waiting.pop(result.run)
+            outcome = "diverged" if result.is_diverged else f"{result.final:.4f}"
+            progress.set_postfix_str(f"last: {outcome}")
+            progress.set_description(_describe(waiting, num_workers))
+            progress.update()
+
+
+def _describe(waiting: Iterable[Run], num_workers: int) -> str:
+    running = itertools.islice(waiting, num_workers)
+    return ", ".join(f"{r.base} {r.method} {r.lr:g} seed {r.seed}" for r in running) or "finished"
+
+
+def _claim(study: Study, out_dir: Path) -> None:
+    config = json.loads(json.dumps(study.as_dict()))
+    path = out_dir / CONFIG
+    if not path.exists():
+        if out_dir.exists() and any(out_dir.iterdir()):
+            raise ValueError(f"{out_dir} is not empty and holds no study: give another out_dir.")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config, indent=1))
+        return
+    known = json.loads(path.read_text())
+    different = sorted(key for key in config if config[key] != known.get(key))
+    if different:
+        raise ValueError(
+            f"{out_dir} holds another study: {', '.join(different)} differ. Give another out_dir; "
+            "nothing was changed."
+        )
+
+
+def _results(study: Study, runs: Sequence[Run], root: Path, num_workers: int) -> Iterator[Result]:
+    if num_workers == 1:
+        for run in runs:
+            yield _train(study, run, root)
+        return
+    context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
+    ) as pool:
+        with _interrupts_ignored():  # the workers keep to that: Ctrl-C reaches them too
+            futures = [pool.submit(_train, study, run, root) for run in runs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start_worker(parent: int) -> None:
+    """Have a worker end when the study was killed, which could not tell it."""
+    tqdm.set_lock(threading.RLock())  # its own, between processes, outlives a killed worker
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _train(study: Study, run: Run, root: Path) -> Result:
+    train_run(study, run, root)
+    return read_event_folder(root / run.folder)

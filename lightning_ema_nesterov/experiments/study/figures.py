@@ -1,0 +1,171 @@
+"""Figures of a study."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_ema_nesterov.experiments.study.results import Result
+from lightning_ema_nesterov.experiments.study.spec import BASELINE
+from lightning_ema_nesterov.experiments.study.tables import Standing, by_lr, mean_curve
+
+__all__ = ["draw_curves", "draw_grids", "draw_learning_rates"]
+
+_COLOURS = ["tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:pink"]
+
+
+@contextmanager
+def _figure(path: Path, *, height: float) -> Iterator[Figure]:
+    with mpl.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}):
+        figure = Figure(figsize=(9.0, height), layout="constrained")
+        yield figure
+    figure.savefig(path, dpi=110)
+
+
+def _colour_of(methods: Sequence[str]) -> dict[str, str]:
+    others = [name for name in methods if name != BASELINE]
+    colours = {name: _COLOURS[idx % len(_COLOURS)] for idx, name in enumerate(others)}
+    return {BASELINE: "black", **colours}
+
+
+def draw_curves(path: Path, base: str, found: Sequence[Standing]) -> None:
+    """Draw validation loss over steps, and its difference to the baseline, at the best rates.
+
+    Args:
+        path: PNG file.
+        base: Name of the base optimizer.
+        found: Its standings, the baseline first.
+    """
+    colours = _colour_of([standing.method for standing in found])
+    reference = {step: loss for step, loss, _ in mean_curve(found[0].results.values())}
+    with _figure(path, height=7.0) as figure:
+        losses, gaps = figure.subplots(2, 1, sharex=True)
+        late: list[float] = []
+        for standing in found:
+            curve = mean_curve(standing.results.values())
+            steps, values, spread = (np.array(column) for column in zip(*curve, strict=True))
+            colour = colours[standing.method]
+            losses.plot(steps, values, color=colour, label=f"{standing.method}, lr {standing.lr:g}")
+            losses.fill_between(steps, values - spread, values + spread, color=colour, alpha=0.12)
+            gap = values - np.array([reference[step] for step in steps.tolist()])
+            gaps.plot(steps, gap, color=colour, marker=".")
+            late += gap[len(gap) // 3 :].tolist()
+        bottom = min(loss for s in found for _, loss, _ in mean_curve(s.results.values()))
+        top = list(reference.values())[len(reference) // 5]
+        losses.set_ylim(bottom - 0.03, top + 0.05)
+        losses.set_ylabel("validation loss, mean ± sd of seeds")
+        losses.set_title(f"{base}: each method at its best learning rate")
+        losses.legend(fontsize="small")
+        margin = min(1.15 * max(map(abs, late), default=0.0) + 1e-3, 0.15)
+        gaps.set_ylim(-margin, margin)
+        gaps.set_ylabel("difference to the baseline\n(below 0 is better)")
+        gaps.set_xlabel("optimizer steps")
+
+
+def draw_learning_rates(path: Path, base: str, results: Sequence[Result]) -> None:
+    """Draw the final loss over the learning rates, mean and standard deviation over seeds."""
+    methods = list(dict.fromkeys(r.run.method for r in results if r.run.base == base))
+    colours = _colour_of(methods)
+    with _figure(path, height=4.2) as figure:
+        axes = figure.subplots()
+        for method in methods:
+            rows = [
+                (lr, [r.final for r in seeds.values()])
+                for lr, seeds in by_lr(results, base, method).items()
+            ]
+            rows = [(lr, finals) for lr, finals in rows if all(map(math.isfinite, finals))]
+            axes.errorbar(
+                [lr for lr, _ in rows],
+                [mean(finals) for _, finals in rows],
+                [stdev(finals) if len(finals) > 1 else 0.0 for _, finals in rows],
+                color=colours[method],
+                marker="o",
+                capsize=3,
+                label=method,
+            )
+        axes.set_xscale("log", base=2)
+        ticks = sorted({r.run.lr for r in results if r.run.base == base})
+        axes.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("final validation loss")
+        axes.set_title(f"{base}: final loss over the learning rate")
+        axes.legend(fontsize="small")
+
+
+def draw_grids(folder: Path, base: str, found: Sequence[Standing]) -> list[Path]:
+    """Draw the differences to the baseline over two arguments of a method, as maps of colours.
+
+    Args:
+        folder: Where the PNG files go.
+        base: Name of the base optimizer.
+        found: Its standings.
+
+    Returns:
+        A file for each method with two arguments in a grid.
+    """
+    grids: dict[str, _Grid] = {}
+    for standing in found:
+        match = re.fullmatch(r"(.*)\[(\w+)=([^,]+),(\w+)=([^,]+)\]", standing.method)
+        if match:
+            method, row, row_value, column, column_value = match.groups()
+            grid = grids.setdefault(method, _Grid(f"{base}, {method}", row, column))
+            grid.cells[row_value, column_value] = standing.difference.mean
+    paths = {folder / f"{base}_{method}_grid.png": grid for method, grid in grids.items()}
+    for path, grid in paths.items():
+        _draw_grid(path, grid)
+    return list(paths)
+
+
+@dataclass
+class _Grid:
+    title: str
+    row: str
+    column: str
+    cells: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+def _draw_grid(path: Path, grid: _Grid) -> None:
+    rows, columns = (_in_order([key[idx] for key in grid.cells]) for idx in (0, 1))
+    values = np.array([[grid.cells.get((r, c), math.nan) for c in columns] for r in rows])
+    bound = _colour_bound(values[np.isfinite(values)])
+    with _figure(path, height=1.6 + 0.6 * len(rows)) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+        axes.grid(visible=False)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_ylabel(grid.row)
+        axes.set_xlabel(grid.column)
+        axes.set_title(f"{grid.title}: difference to the baseline (below 0, blue, is better)")
+        for i, j in np.ndindex(values.shape):
+            value = values[i, j]
+            text = "" if math.isnan(value) else f"{value:+.3f}" if value < math.inf else "diverged"
+            colour = "white" if 0.7 * bound < abs(value) < math.inf else "black"
+            axes.text(j, i, text, color=colour, ha="center", va="center", fontsize="small")
+        figure.colorbar(image, extend="both")
+
+
+def _in_order(labels: Sequence[str]) -> list[str]:
+    """Return different labels, by their value where they are numbers."""
+    unique = list(dict.fromkeys(labels))
+    try:
+        return sorted(unique, key=float)
+    except ValueError:
+        return unique
+
+
+def _colour_bound(values: np.ndarray) -> float:
+    """Return twice the largest gain, so that it shows beside large losses."""
+    if not values.size:
+        return 1.0
+    gain = -float(values.min())
+    return 2.0 * gain if gain > 0 else float(np.abs(values).max()) or 1.0

@@ -1,0 +1,119 @@
+"""The report of a study: Markdown, figures, and one HTML page that holds everything."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import markdown
+
+from lightning_ema_nesterov.experiments.study.compare import CONFIG, RUNS
+from lightning_ema_nesterov.experiments.study.figures import (
+    draw_curves,
+    draw_grids,
+    draw_learning_rates,
+)
+from lightning_ema_nesterov.experiments.study.results import Result, read_events
+from lightning_ema_nesterov.experiments.study.tables import (
+    CONFIDENCE,
+    Standing,
+    markdown_table,
+    standings,
+)
+
+__all__ = ["write_report"]
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 88rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; font-size: 0.8rem; display: block; overflow-x: auto; }
+th, td { border-bottom: 1px solid #ccc; padding: 0.3rem 0.5rem; text-align: right; }
+td { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; }
+"""
+
+
+def write_report(study_dir: Path) -> Path:
+    """Write ``report.md``, ``report.html`` and figures of a study from its event files.
+
+    Args:
+        study_dir: Folder of the study; the report goes to its folder ``report``.
+
+    Returns:
+        The HTML page, which needs no other file.
+
+    Raises:
+        FileNotFoundError: If no run is finished.
+    """
+    results = read_events(study_dir / RUNS)
+    folder = study_dir / "report"
+    folder.mkdir(exist_ok=True)
+    sections = [_introduction(study_dir, results)]
+    for base in dict.fromkeys(result.run.base for result in results):
+        sections.append(_section(folder, base, results))
+    text = "\n\n".join(sections) + "\n"
+    (folder / "report.md").write_text(text)
+    page = folder / "report.html"
+    page.write_text(_html(study_dir.name, text, folder))
+    print(f"{text}\nPage: {page}")
+    return page
+
+
+def _introduction(study_dir: Path, results: Sequence[Result]) -> str:
+    seeds = sorted({result.run.seed for result in results})
+    num_diverged = sum(result.is_diverged for result in results)
+    config = study_dir / CONFIG
+    settings = ""
+    if config.exists():
+        study = json.loads(config.read_text())
+        settings = (
+            f"Model `{study['model']['class_path']}`, data `{study['data']['class_path']}` "
+            f"{json.dumps(study['data'].get('init_args') or {})}, {study['num_steps']:,} steps. "
+        )
+    return (
+        f"# {study_dir.name}\n\n{settings}{len(results)} finished runs, seeds "
+        f"{', '.join(map(str, seeds))}, {num_diverged} diverged.\n\n"
+        "Each method stands at the learning rate of its smallest mean final loss, also the "
+        "baseline `none`; that choice was made on the losses shown. Losses are mean ± standard "
+        "deviation over seeds. Differences are paired by seed, with a "
+        f"{CONFIDENCE:.0%} confidence interval. β is the lookahead step size: a steady update "
+        "grows by 1 / (1 - β), so the baseline is shown at that learning rate too. Extra "
+        "state is in elements per parameter; step times are relative to the baseline's."
+    )
+
+
+def _section(folder: Path, base: str, results: Sequence[Result]) -> str:
+    found = standings(results, base)
+    grids = draw_grids(folder, base, found)
+    if grids:
+        table = markdown_table([found[0], *sorted(found[1:], key=_mean_difference)])
+        pictures = [f"![Differences to the baseline]({path.name})" for path in grids]
+        return "\n\n".join([f"## {base}", *pictures, table])
+    curves, rates = folder / f"{base}_curves.png", folder / f"{base}_learning_rates.png"
+    draw_curves(curves, base, found)
+    draw_learning_rates(rates, base, results)
+    return (
+        f"## {base}\n\n{markdown_table(found)}\n\n![Validation loss over steps]({curves.name})\n\n"
+        f"![Final loss over learning rates]({rates.name})"
+    )
+
+
+def _mean_difference(standing: Standing) -> float:
+    return standing.difference.mean
+
+
+def _html(title: str, text: str, folder: Path) -> str:
+    body = markdown.markdown(text, extensions=["tables"])
+
+    def embed(match: re.Match[str]) -> str:
+        content = base64.b64encode((folder / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{content}"'
+
+    body = re.sub(r'src="([^"]+\.png)"', embed, body)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )

@@ -1,0 +1,141 @@
+"""Results of runs: from their event files, and as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_ema_nesterov.experiments.event_files import Point, read_scalars
+from lightning_ema_nesterov.experiments.study.spec import Run
+
+__all__ = [
+    "DIVERGED",
+    "STATE_PER_PARAMETER",
+    "STEP_SECONDS",
+    "Result",
+    "read_event_folder",
+    "read_events",
+    "read_lines",
+    "write_line",
+]
+
+STEP_SECONDS = "study/step_seconds"
+"""Tag of the median time of a training step. Unit: seconds, those of the process on a CPU."""
+
+STATE_PER_PARAMETER = "study/state_per_parameter"
+"""Tag of the elements that the optimizer keeps for each element of a parameter, at most."""
+
+DIVERGED = "study/diverged"
+"""Tag of the last scalar of a run: 1 where the loss was not finite, else 0."""
+
+_STEP_SIZE = "ema_nesterov/step_size"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one run.
+
+    Attributes:
+        run: The run.
+        val_loss: Validation losses over steps and seconds.
+        is_diverged: Whether its loss was not finite at some step.
+        step_seconds: Median time of a training step; of the process alone on a CPU.
+        state_per_parameter: Elements that the optimizer keeps for each element of a parameter.
+        step_size: Largest lookahead step size that was used.
+    """
+
+    run: Run
+    val_loss: list[Point]
+    is_diverged: bool
+    step_seconds: float
+    state_per_parameter: float
+    step_size: float
+
+    @property
+    def final(self) -> float:
+        """Last validation loss; infinite where the run diverged."""
+        return float("inf") if self.is_diverged else self.val_loss[-1].value
+
+
+def read_events(root: Path) -> list[Result]:
+    """Read all finished runs below a folder from their event files.
+
+    Args:
+        root: Folder of the runs of a study.
+
+    Raises:
+        FileNotFoundError: If it holds no finished run.
+    """
+    folders = sorted({path.parent for path in root.rglob("events.out.tfevents.*")})
+    found = [result for folder in folders if (result := _read_events(folder)) is not None]
+    if not found:
+        raise FileNotFoundError(f"{root} must hold event files of finished runs, and holds none.")
+    return found
+
+
+def read_event_folder(folder: Path) -> Result:
+    """Read one finished run.
+
+    Raises:
+        FileNotFoundError: If it is not finished.
+    """
+    result = _read_events(folder)
+    if result is None:
+        raise FileNotFoundError(f"{folder} must hold the event file of a finished run.")
+    return result
+
+
+def _read_events(folder: Path) -> Result | None:
+    scalars = read_scalars(folder)
+    if DIVERGED not in scalars:
+        return None
+    step_sizes = [point.value for point in scalars.get(_STEP_SIZE, [])]
+    return Result(
+        run=Run.of_folder(folder),
+        val_loss=scalars.get("val_loss", []),
+        is_diverged=bool(scalars[DIVERGED][-1].value),
+        step_seconds=scalars[STEP_SECONDS][-1].value,
+        state_per_parameter=scalars[STATE_PER_PARAMETER][-1].value,
+        step_size=max(step_sizes, default=0.0),
+    )
+
+
+def write_line(path: Path, result: Result) -> None:
+    """Append a result to a file of JSON lines, on a line of its own also after half a line."""
+    line: dict[str, Any] = {
+        **asdict(result.run),
+        "is_diverged": result.is_diverged,
+        "step_seconds": round(result.step_seconds, 5),
+        "state_per_parameter": round(result.state_per_parameter, 3),
+        "step_size": round(result.step_size, 4),
+        "val_loss": [[p.step, round(p.seconds, 1), round(p.value, 5)] for p in result.val_loss],
+    }
+    is_cut = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write("\n" * is_cut + json.dumps(line) + "\n")
+
+
+def read_lines(path: Path) -> list[Result]:
+    """Read a file of JSON lines; a last line that was cut off is passed over."""
+    return list(_read_lines(path.read_text().splitlines())) if path.exists() else []
+
+
+def _read_lines(lines: Iterable[str]) -> Iterable[Result]:
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        run = Run(line["base"], line["method"], line["lr"], line["seed"])
+        points = [Point(*values) for values in line["val_loss"]]
+        yield Result(
+            run,
+            points,
+            line["is_diverged"],
+            line["step_seconds"],
+            line["state_per_parameter"],
+            line["step_size"],
+        )

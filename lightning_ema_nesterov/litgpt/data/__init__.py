@@ -1,0 +1,1 @@
+"""Text that a LitGPT YAML names by ``data.class_path``."""

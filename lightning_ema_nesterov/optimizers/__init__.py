@@ -1,0 +1,1 @@
+"""Base optimizers, and how a configuration names them."""

@@ -1,1 +1,0 @@
-"""The quickstart: AdamW and AdamW with EMA-Nesterov on text that every machine has."""

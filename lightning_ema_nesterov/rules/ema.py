@@ -1,0 +1,108 @@
+"""The EMA direction of one base optimizer: where it is kept, and how a step updates it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_ema_nesterov.core.equations import begin_update_, cancel_update_, finish_update_
+from lightning_ema_nesterov.core.metrics import StepMetrics, sums_of_step
+from lightning_ema_nesterov.core.rule import Fold, Method, wide_dtype
+from lightning_ema_nesterov.core.schedule import check_unit_interval
+from lightning_ema_nesterov.core.sharding import Sharding, local
+from lightning_ema_nesterov.rules.codecs import read_any
+
+__all__ = ["DIRECTION_KEY", "SCALES_KEY", "EMADirections"]
+
+DIRECTION_KEY = "ema_nesterov_direction"
+"""Key of the EMA direction in the base optimizer's state of a parameter."""
+
+SCALES_KEY = "ema_nesterov_direction_scales"
+"""Key of what turns the codes of an EMA direction in int8 into numbers."""
+
+
+class EMADirections(Method):
+    r"""EMA directions in ``base_optimizer.state[p]["ema_nesterov_direction"]``.
+
+    A parameter without one has the direction zero.
+
+    Args:
+        base_optimizer: The optimizer whose state holds the directions.
+        ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
+
+    Raises:
+        ValueError: If ``ema_decay`` is not in [0, 1).
+    """
+
+    keys = (DIRECTION_KEY,)
+    loadable_keys = (DIRECTION_KEY, SCALES_KEY)
+
+    def __init__(self, base_optimizer: Optimizer, ema_decay: float) -> None:
+        check_unit_interval("ema_decay", ema_decay)
+        super().__init__(base_optimizer)
+        self.ema_decay = ema_decay
+
+    @override
+    def begin(self, params: list[Tensor], step_size: float, *, is_measured: bool) -> Fold:
+        known = [p for p in params if self.has(p)]
+        new = [p for p in params if not self.has(p)]
+        buffers = self.of(known)
+        previous = [m.clone() if is_measured else None for m in buffers]
+        begin_update_(local(buffers), local(known), ema_decay=self.ema_decay, step_size=step_size)
+        # m_0 = 0: the fold of a new direction needs the iterate alone.
+        buffers += [p.detach().to(wide_dtype(p)).mul(self.ema_decay - 1.0) for p in new]
+        return Fold(known + new, buffers, step_size, [*previous, *[None] * len(new)])
+
+    @override
+    def finish(self, folds: list[Fold], *, step_idx: int) -> None:
+        for fold in folds:
+            self._finish(fold.params, fold.buffers)
+        self.complete()
+
+    @override
+    def settle(self, fold: Fold) -> list[Tensor]:
+        self._finish(*fold.part(is_changed=True))
+        waiting, cancelled = fold.part(is_changed=False)
+        cancel_update_(
+            local(cancelled), local(waiting), ema_decay=self.ema_decay, step_size=fold.step_size
+        )
+        return waiting
+
+    def _finish(self, params: list[Tensor], buffers: list[Tensor]) -> None:
+        finish_update_(local(buffers), local(params), ema_decay=self.ema_decay)
+        for p, buffer in zip(params, buffers, strict=True):
+            self.base_optimizer.state[p][DIRECTION_KEY] = buffer
+
+    @override
+    def make_state(self, p: Tensor) -> dict[str, Tensor]:
+        return {DIRECTION_KEY: torch.zeros_like(p, dtype=wide_dtype(p))}
+
+    @override
+    def restore(self, p: Tensor, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+        stored = [loaded[key] for key in self.loadable_keys if key in loaded]
+        return {DIRECTION_KEY: read_any(p, stored).to(p.device, wide_dtype(p))}
+
+    @override
+    def check_checkpoint(self, has: Callable[[str], bool]) -> None:
+        if has(SCALES_KEY):
+            raise ValueError(
+                "direction_dtype must be 'int8' to continue this sharded checkpoint, which was "
+                "made with it."
+            )
+
+    @override
+    def measure(self, folds: list[Fold], sharding: Sharding) -> StepMetrics:
+        """Measure a finished step; the only communication, where parameters are sharded."""
+        params = [p for fold in folds for p in fold.params]
+        previous = [m for fold in folds for m in fold.previous]
+        rows = sums_of_step(
+            [None if m is None else local([m])[0] for m in previous],
+            local(m for fold in folds for m in fold.buffers),
+            ema_decay=self.ema_decay,
+        )
+        step_size = max((fold.step_size for fold in folds), default=0.0)
+        return StepMetrics.from_sums(sharding.sum_over_shards(params, rows), step_size)

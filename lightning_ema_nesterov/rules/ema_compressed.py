@@ -1,0 +1,192 @@
+r"""EMA directions in bfloat16 or int8.
+
+The fold needs float32. Here a copy of the lookahead point is kept while the base optimizer steps:
+
+.. math:: m_{t+1} = (\gamma + (1 - \gamma)\beta_t)\, m_t + (1 - \gamma)(x_{t+1} - y_t)
+
+It is done in blocks that fit in a cache, so that no float32 direction exists as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_ema_nesterov.core.equations import fold_decay
+from lightning_ema_nesterov.core.metrics import StepMetrics, row_of_step
+from lightning_ema_nesterov.core.rule import Fold, Method
+from lightning_ema_nesterov.core.schedule import check_unit_interval
+from lightning_ema_nesterov.core.sharding import Sharding, local
+from lightning_ema_nesterov.rules.codecs import Codec, Int8, codec_for, read_any
+from lightning_ema_nesterov.rules.ema import DIRECTION_KEY, SCALES_KEY
+
+__all__ = ["CompressedDirections"]
+
+_BLOCK_ELEMENTS = {"cpu": 2**17}
+_BLOCK_ELEMENTS_ON_DEVICE = 2**22
+_PRIME = 40_503
+
+
+class CompressedDirections(Method):
+    r"""EMA directions in ``base_optimizer.state[p]``, stored by a codec.
+
+    Rounding is stochastic, with noise that follows from the step and the parameter alone: a run
+    that is continued from a checkpoint draws the same.
+
+    Args:
+        base_optimizer: The optimizer whose state holds the directions.
+        ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
+        direction_dtype: ``"bfloat16"`` or ``"int8"``.
+    """
+
+    keys = (DIRECTION_KEY, SCALES_KEY)
+
+    def __init__(self, base_optimizer: Optimizer, ema_decay: float, direction_dtype: str) -> None:
+        check_unit_interval("ema_decay", ema_decay)
+        super().__init__(base_optimizer)
+        self.ema_decay = ema_decay
+        self.direction_dtype = direction_dtype
+        self._step_idx = 0
+        self._noise: Tensor | None = None
+        self._new: set[Tensor] = set()  # parameters that have no direction before this step
+
+    @override
+    def extrapolate(self, params: list[Tensor], step_size: float) -> None:
+        self._add_directions(params, params, step_size)
+
+    @override
+    def retract(self, params: list[Tensor], step_size: float) -> None:
+        self._add_directions(params, [p.data for p in params], -step_size)
+
+    @override
+    def begin(self, params: list[Tensor], step_size: float, *, is_measured: bool) -> Fold:
+        self._new.update(p for p in params if not self.has(p))
+        buffers = [p.detach().clone() for p in params]
+        previous = [self.read(p).clone() if is_measured and self.has(p) else None for p in params]
+        return Fold(params, buffers, step_size, [*previous])
+
+    @override
+    def finish(self, folds: list[Fold], *, step_idx: int) -> None:
+        self._step_idx, self._noise = step_idx, None
+        for fold in folds:
+            self._finish(fold.params, fold.buffers, fold.step_size)
+        self._noise = None
+        self._new.clear()
+        self.complete()
+
+    @override
+    def settle(self, fold: Fold) -> list[Tensor]:
+        self._finish(*fold.part(is_changed=True), fold.step_size)
+        return fold.part(is_changed=False)[0]
+
+    @override
+    def make_state(self, p: Tensor) -> dict[str, Tensor]:
+        made = self.codec(p).make(p)
+        return dict(zip(self.keys, made, strict=False))  # scales are in int8 only
+
+    @override
+    @torch.no_grad()
+    def measure(self, folds: list[Fold], sharding: Sharding) -> StepMetrics:
+        """Measure a finished step; the only communication, where parameters are sharded."""
+        params = [p for fold in folds for p in fold.params]
+        rows: list[Tensor] = []
+        for fold in folds:
+            for p, y, m in zip(fold.params, fold.buffers, fold.previous, strict=True):
+                [x_next, y] = local([p.detach(), y])
+                after = self.read(p)
+                before = torch.zeros_like(after) if m is None else m
+                moved = (x_next - y).to(after.dtype).add_(before, alpha=fold.step_size)
+                rows.append(row_of_step(before, after, moved))
+        step_size = max((fold.step_size for fold in folds), default=0.0)
+        sums = torch.stack(rows) if rows else torch.zeros(0, 4)
+        return StepMetrics.from_sums(sharding.sum_over_shards(params, sums), step_size)
+
+    def codec(self, p: Tensor) -> Codec:
+        """Return the format of one parameter's direction."""
+        return codec_for(p, self.direction_dtype)
+
+    @override
+    def read(self, p: Tensor) -> Tensor:
+        """Return the part of a parameter's direction that this process holds, in float32."""
+        return self.codec(p).read(local(self.tensors_of([p])))
+
+    @override
+    @torch.no_grad()
+    def restore(self, p: Tensor, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+        codec = self.codec(p)
+        tensors = [loaded[key].to(p.device) for key in self.keys if key in loaded]
+        if len(tensors) == len(codec.dtypes):
+            stored = [t.to(dtype) for t, dtype in zip(tensors, codec.dtypes, strict=True)]
+        else:
+            stored = codec.make(p)
+            codec.write_(local(stored), local([read_any(p, tensors)])[0], noise=None)
+        return dict(zip(self.keys, stored, strict=False))
+
+    @override
+    def check_checkpoint(self, has: Callable[[str], bool]) -> None:
+        params = [p for group in self.base_optimizer.param_groups for p in group["params"]]
+        needs = any(isinstance(self.codec(p), Int8) for p in params)
+        if has(DIRECTION_KEY) and has(SCALES_KEY) is not needs:
+            made = "another direction_dtype" if needs else "direction_dtype='int8'"
+            raise ValueError(
+                f"direction_dtype must be that of the sharded checkpoint, got "
+                f"{self.direction_dtype!r}: it was made with {made}."
+            )
+
+    @torch.no_grad()
+    def _add_directions(
+        self, params: Sequence[Tensor], points: Sequence[Tensor], factor: float
+    ) -> None:
+        for p, point in zip(params, points, strict=True):
+            codec = self.codec(p)
+            for x, *stored in _blocks(codec, [point.detach(), *self.tensors_of([p])]):
+                x.add_(codec.read(stored), alpha=factor)
+
+    @torch.no_grad()
+    def _finish(self, params: list[Tensor], kept: list[Tensor], step_size: float) -> None:
+        decay = fold_decay(self.ema_decay, step_size)
+        places = self._places()
+        for p, y in zip(params, kept, strict=True):
+            codec = self.codec(p)
+            if not self.has(p) or p in self._new:
+                self.base_optimizer.state[p].update(self.make_state(p))
+            blocks = _blocks(codec, [p.detach(), y, *self.tensors_of([p])])
+            for block_idx, (x_next, y_block, *stored) in enumerate(blocks):
+                m = codec.read(stored).to(torch.promote_types(y.dtype, torch.float32)) * decay
+                m.add_(x_next.to(m.dtype) - y_block.to(m.dtype), alpha=1.0 - self.ema_decay)
+                codec.write_(stored, m, self._noise_like(m, places[p] + block_idx * _PRIME))
+
+    def _places(self) -> dict[Tensor, int]:
+        params = (p for group in self.base_optimizer.param_groups for p in group["params"])
+        return {p: idx * _PRIME**2 for idx, p in enumerate(params)}
+
+    def _noise_like(self, m: Tensor, place: int) -> Tensor:
+        # One table for a step, read at a place of its own by each block: elements of different
+        # blocks may share a number, which leaves the rounding of each unbiased.
+        size = max(2 * _block_elements(m), 2 * m.numel())
+        if self._noise is None or self._noise.device != m.device or len(self._noise) < size:
+            generator = torch.Generator(m.device).manual_seed(self._step_idx)
+            self._noise = torch.rand(size, generator=generator, device=m.device)
+        start = place % (len(self._noise) - m.numel() + 1)
+        return self._noise[start : start + m.numel()].view(m.shape)
+
+
+def _block_elements(tensor: Tensor) -> int:
+    return _BLOCK_ELEMENTS.get(tensor.device.type, _BLOCK_ELEMENTS_ON_DEVICE)
+
+
+def _blocks(codec: Codec, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Split tensors alike, as views; the first has the parameter's shape."""
+    own = local(tensors)
+    if not all(tensor.is_contiguous() for tensor in own):
+        return iter([tuple(own)])
+    num_elements = _block_elements(own[0])
+    if isinstance(codec, Int8):
+        num_rows = max(1, num_elements // max(1, own[0].shape[-1]))
+        rows = [torch.split(tensor.view(-1, tensor.shape[-1]), num_rows) for tensor in own]
+        return zip(*rows, strict=True)
+    return zip(*(torch.split(tensor.view(-1), num_elements) for tensor in own), strict=True)

@@ -1,1 +1,0 @@
-"""Compare methods on a model and data of the user's, at tuned learning rates and over seeds."""

@@ -1,0 +1,1 @@
+"""What the callbacks of the Lightning Trainer share."""

@@ -1,0 +1,213 @@
+"""Trainer hooks that keep the parameters at the iterate whenever anyone else can look."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_ema_nesterov.core.lookahead import STEP_KEY, Lookahead
+from lightning_ema_nesterov.trainer.checkpoints import (
+    keys_of_distributed_checkpoint,
+    replace_as_a_whole,
+)
+from lightning_ema_nesterov.trainer.questions import (
+    check_trainer,
+    is_watched_in_window,
+    replace_method,
+    steps_per_global_step,
+    window_continues,
+)
+
+__all__ = ["LookaheadCallback"]
+
+
+class LookaheadCallback(Callback):
+    """Train with a lookahead method; what the method is, a subclass says.
+
+    Parameters hold the lookahead point from just before ``training_step`` to the optimizer's step,
+    and the iterate whenever anyone else can look: validation, every checkpoint, other callbacks,
+    after an exception, after fit. What the method keeps is in the optimizer's own state, so every
+    checkpoint of the Trainer contains it.
+    """
+
+    def __init__(self) -> None:
+        self._lookaheads: list[Lookahead] = []
+        self._is_watched_in_window = False
+        self._detach = ExitStack()
+
+    @property
+    def lookaheads(self) -> tuple[Lookahead, ...]:
+        """One for each optimizer; empty outside of fit."""
+        return tuple(self._lookaheads)
+
+    @abstractmethod
+    def make_lookaheads(self, trainer: Trainer) -> list[Lookahead]:
+        """Return one for each optimizer of the Trainer, not attached yet."""
+
+    def extrapolate(self, optimizer: Optimizer) -> None:
+        """Move one optimizer's parameters to the lookahead point, in manual optimization.
+
+        Only needed before the second and later forward passes of one ``training_step``.
+
+        Args:
+            optimizer: One of the module's optimizers, as ``self.optimizers()`` gives it.
+
+        Raises:
+            RuntimeError: If the optimizer is not being trained by this callback.
+        """
+        unwrapped = getattr(optimizer, "optimizer", None)  # LightningOptimizer wraps it
+        for lookahead in self._lookaheads:
+            if lookahead.base_optimizer in (optimizer, unwrapped):
+                return lookahead.extrapolate()
+        raise RuntimeError(
+            f"extrapolate() must be called during fit with an optimizer of the module, got "
+            f"{type(optimizer).__qualname__} with {len(self._lookaheads)} optimizers attached."
+        )
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Go first in the list, after the tuners: every other callback then sees the iterate."""
+        tuners = [
+            c for c in trainer.callbacks if isinstance(c, (LearningRateFinder, BatchSizeFinder))
+        ]
+        others = [c for c in trainer.callbacks if c is not self and c not in tuners]
+        trainer.callbacks[:] = [*tuners, self, *others]
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the configuration, attach to the optimizers, and bracket the training step."""
+        check_trainer(trainer, type(self).__name__)
+        names = [type(c).__name__ for c in trainer.callbacks if isinstance(c, LookaheadCallback)]
+        if len(names) > 1:
+            raise MisconfigurationException(
+                f"One lookahead callback must be in the list, got {len(names)}: {', '.join(names)}."
+            )
+        for lookahead in self.make_lookaheads(trainer):
+            self._detach.callback(lookahead.detach)
+            lookahead.keeps_shards = False  # loading forgets them, where a checkpoint lacks them
+            self._lookaheads.append(lookahead.attach())
+        self._detach.callback(self._lookaheads.clear)
+        self._bracket_training_step(trainer)
+        self._bracket_save_checkpoint(trainer)
+        self._bracket_load_checkpoint(trainer)
+        self._detach.callback(replace_as_a_whole(trainer.strategy))
+        self._is_watched_in_window = is_watched_in_window(trainer, self)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue a checkpoint that was made without the callback at its step of the run."""
+        for lookahead in self._lookaheads:
+            lookahead.attach()
+            if trainer.global_step and lookahead.is_new:
+                lookahead.step_idx = trainer.global_step // steps_per_global_step(trainer)
+                rank_zero_info(
+                    f"The checkpoint was made without {type(self).__name__}: training goes on from "
+                    f"step {lookahead.step_idx} with nothing to look ahead along yet."
+                )
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take everything off again."""
+        self._detach.close()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Return to the iterate before anyone saves a checkpoint, and take everything off."""
+        self._detach.close()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Return to the iterate where the step was skipped or someone looks."""
+        for lookahead in self._lookaheads:
+            if not window_continues(trainer):
+                lookahead.skip()
+            elif self._is_watched_in_window:
+                lookahead.pause()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Return to the iterate until the next training step."""
+        for lookahead in self._lookaheads:
+            lookahead.pause()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Return to the iterate; in manual optimization a window may span two epochs."""
+        for lookahead in self._lookaheads:
+            if pl_module.automatic_optimization:
+                lookahead.retract()
+            else:
+                lookahead.pause()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Return to the iterate for good."""
+        for lookahead in self._lookaheads:
+            lookahead.retract()
+
+    def _bracket_training_step(self, trainer: Trainer) -> None:
+        training_step = trainer.strategy.training_step
+
+        def extrapolate_then_training_step(*args: Any, **kwargs: Any) -> Any:
+            # StochasticWeightAveraging runs an epoch without steps to update BatchNorm.
+            if not trainer.fit_loop._skip_backward:
+                for lookahead in self._lookaheads:
+                    lookahead.extrapolate()
+            return training_step(*args, **kwargs)
+
+        undo = replace_method(trainer.strategy, "training_step", extrapolate_then_training_step)
+        self._detach.callback(undo)
+
+    def _bracket_save_checkpoint(self, trainer: Trainer) -> None:
+        save_checkpoint = trainer.save_checkpoint
+
+        def save_checkpoint_at_iterate(*args: Any, **kwargs: Any) -> None:
+            with ExitStack() as stack:
+                for lookahead in self._lookaheads:
+                    stack.enter_context(lookahead.at_iterate())
+                save_checkpoint(*args, **kwargs)
+
+        undo = replace_method(trainer, "save_checkpoint", save_checkpoint_at_iterate)
+        self._detach.callback(undo)
+
+    def _bracket_load_checkpoint(self, trainer: Trainer) -> None:
+        load_checkpoint = trainer.strategy.load_checkpoint
+
+        def forget_then_load_checkpoint(path: Any, *args: Any, **kwargs: Any) -> Any:
+            # A distributed checkpoint is read into the state that the optimizer has, and lacks what
+            # was not saved: on_train_start attaches again.
+            names = keys_of_distributed_checkpoint(path)
+            if names is not None:
+                for lookahead in self._lookaheads:
+                    _prepare_to_load(lookahead, names)
+            return load_checkpoint(path, *args, **kwargs)
+
+        undo = replace_method(trainer.strategy, "load_checkpoint", forget_then_load_checkpoint)
+        self._detach.callback(undo)
+
+
+def _prepare_to_load(lookahead: Lookahead, names: list[str]) -> None:
+    def has(key: str) -> bool:
+        return any(name.endswith(key) for name in names)
+
+    if has(lookahead.method.keys[0]):
+        try:
+            lookahead.method.check_checkpoint(has)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+    elif has(STEP_KEY):
+        lookahead.detach()  # it was made in the rest
+    else:
+        lookahead.forget()

@@ -1,0 +1,185 @@
+"""What the callback asks the Trainer: may it train, for how long, and who is looking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim.lr_scheduler import CyclicLR
+
+from lightning_ema_nesterov.core.schedule import set_max_lr
+from lightning_ema_nesterov.core.sharding import Sharding
+
+__all__ = [
+    "check_trainer",
+    "estimate_total_steps",
+    "is_watched_between_steps",
+    "is_watched_in_window",
+    "replace_method",
+    "steps_per_global_step",
+    "tell_max_lr",
+    "window_continues",
+]
+
+# Hooks between two micro-batches of one accumulation window, where users may read parameters.
+_CALLBACK_HOOKS_IN_WINDOW = ("on_train_batch_start", "on_train_batch_end")
+_MODULE_HOOKS_IN_WINDOW = (
+    *_CALLBACK_HOOKS_IN_WINDOW,
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+)
+
+# Hooks of the module between an optimizer's step and the next training step.
+_MODULE_HOOKS_BETWEEN_STEPS = (
+    *_MODULE_HOOKS_IN_WINDOW,
+    "lr_scheduler_step",
+    "on_before_zero_grad",
+    "optimizer_step",
+    "optimizer_zero_grad",
+)
+
+
+def check_trainer(trainer: Trainer, name: str) -> None:
+    """Raise where a lookahead method cannot work.
+
+    Args:
+        trainer: The Trainer, with its strategy set up.
+        name: Of the callback.
+
+    Raises:
+        MisconfigurationException: For DeepSpeed and XLA, without an optimizer, and for FSDP where
+            no checkpoint could be saved.
+    """
+    strategy = type(trainer.strategy).__name__
+    if "DeepSpeed" in strategy or "XLA" in strategy:
+        raise MisconfigurationException(
+            f"{name} does not support {strategy}, which changes parameters outside the "
+            "optimizer's step. Use DDP, FSDP or ModelParallelStrategy."
+        )
+    if not trainer.optimizers or isinstance(trainer.optimizers[0], _MockOptimizer):
+        raise MisconfigurationException(
+            f"{name} needs an optimizer, and configure_optimizers() returned none."
+        )
+    if isinstance(trainer.strategy, FSDPStrategy):
+        _check_fsdp(trainer, trainer.strategy, name)
+
+
+def _check_fsdp(trainer: Trainer, strategy: FSDPStrategy, name: str) -> None:
+    for optimizer in trainer.optimizers:
+        try:
+            Sharding(strategy.model, optimizer).check_can_save()
+        except ValueError as error:
+            raise MisconfigurationException(f"{name}: {error}") from error
+    if strategy._state_dict_type == "full" and strategy.root_device.type == "cpu":
+        raise MisconfigurationException(
+            "FSDP with state_dict_type='full' crashes the process on a CPU when it saves, with or "
+            f"without {name}. Use state_dict_type='sharded'."
+        )
+
+
+def tell_max_lr(trainer: Trainer) -> None:
+    """Set the learning-rate reference of the groups that CyclicLR drives: it does not tell it."""
+    for config in trainer.lr_scheduler_configs:
+        scheduler = config.scheduler
+        if isinstance(scheduler, CyclicLR):
+            groups = scheduler.optimizer.param_groups
+            for group, max_lr in zip(groups, scheduler.max_lrs, strict=True):
+                set_max_lr(group, max_lr)
+
+
+def estimate_total_steps(trainer: Trainer) -> int | None:
+    """Return the steps of each base optimizer in the whole run; ``None`` if it has no known end."""
+    estimate = trainer.estimated_stepping_batches
+    for callback in trainer.callbacks:
+        if isinstance(callback, GradientAccumulationScheduler) and trainer.max_epochs != -1:
+            estimate = sum(
+                -(-trainer.num_training_batches // callback.get_accumulate_grad_batches(epoch))
+                for epoch in range(trainer.max_epochs or 1)
+            )
+            estimate = min(estimate, trainer.max_steps) if trainer.max_steps != -1 else estimate
+    if estimate in (-1, float("inf")):
+        return None
+    if estimate == trainer.max_steps:  # the Trainer counts the steps of all optimizers there
+        estimate //= steps_per_global_step(trainer)
+    return int(estimate)
+
+
+def steps_per_global_step(trainer: Trainer) -> int:
+    """Return how much ``trainer.global_step`` grows while each base optimizer takes one step."""
+    return 1 if trainer.lightning_module.automatic_optimization else len(trainer.optimizers)
+
+
+def window_continues(trainer: Trainer) -> bool:
+    """Return whether the gradients of this batch still wait for more, or for the user's step."""
+    return (
+        not trainer.lightning_module.automatic_optimization or trainer.fit_loop._should_accumulate()
+    )
+
+
+def is_watched_in_window(trainer: Trainer, own: Callback) -> bool:
+    """Return whether the module or a user's callback runs between two micro-batches of a window.
+
+    Lightning's own callbacks read parameters there through ``save_checkpoint`` only.
+
+    Args:
+        trainer: The Trainer.
+        own: The callback that does not count.
+    """
+    if any(is_overridden(hook, trainer.lightning_module) for hook in _MODULE_HOOKS_IN_WINDOW):
+        return True
+    for callback in trainer.callbacks:
+        is_lightning = type(callback).__module__.startswith("lightning.")
+        is_foreign = not is_lightning or isinstance(callback, LambdaCallback)
+        if callback is not own and is_foreign:
+            for hook in _CALLBACK_HOOKS_IN_WINDOW:
+                # A hook may be a method of the class or, as in LambdaCallback, set on the instance.
+                if is_overridden(hook, callback) or hook in vars(callback):
+                    return True
+    return False
+
+
+def is_watched_between_steps(trainer: Trainer, own: Callback) -> bool:
+    """Return whether code that is not Lightning's runs between two steps, or changes parameters.
+
+    Validation, checkpoints and the ends of epochs do not count: the callback is told of them.
+
+    Args:
+        trainer: The Trainer.
+        own: The callback that does not count.
+    """
+    module = trainer.lightning_module
+    others = [callback for callback in trainer.callbacks if callback is not own]
+    parts = [*others, trainer.strategy, trainer.precision_plugin]
+    return (
+        not module.automatic_optimization
+        or any(is_overridden(hook, module) for hook in _MODULE_HOOKS_BETWEEN_STEPS)
+        or any(not type(part).__module__.startswith("lightning.") for part in parts)
+        # They run the user's functions, or exchange parameters with averages.
+        or any(isinstance(c, (LambdaCallback, StochasticWeightAveraging)) for c in others)
+        or any("WeightAveraging" in base.__name__ for c in others for base in type(c).__mro__)
+    )
+
+
+def replace_method(owner: object, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Replace a method of one object.
+
+    Returns:
+        A function that puts back what was there.
+    """
+    previous = vars(owner).get(name)
+    setattr(owner, name, method)
+    if previous is None:
+        return partial(delattr, owner, name)
+    return partial(setattr, owner, name, previous)

@@ -1,0 +1,158 @@
+"""The step size over time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from lightning_ema_nesterov.core.schedule import (
+    MAX_LR_KEY,
+    LookaheadSchedule,
+    check_duration,
+    follow_lr,
+)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "rest", "expected"),
+    [
+        (0, 0, [0.5] * 10),  # always
+        (3, 0, [0.0] * 3 + [0.5] * 7),  # first three steps off
+        (0, 2, [0.5] * 8 + [0.0] * 2),  # last two steps off
+        (0.1, 0.15, [0.0] + [0.5] * 7 + [0.0] * 2),  # fractions: 1 step, and 1.5 rounded to 2
+        (1, 0.5, [0.0] + [0.5] * 4 + [0.0] * 5),  # a count and a fraction
+        (6, 4, [0.0] * 10),  # they meet: never
+        (1.0, 0, [0.0] * 10),  # a float 1 is the whole run
+        (1, 0, [0.0] + [0.5] * 9),  # an int 1 is one step
+    ],
+)
+def test_step_sizes_of_a_run(warmup: float, rest: float, expected: list[float]) -> None:
+    schedule = LookaheadSchedule(0.5, warmup=warmup, rest=rest, total_steps=10)
+    assert [schedule.step_size(step_idx) for step_idx in range(10)] == expected
+    assert schedule.is_ever_active == any(expected)
+
+
+def test_a_run_that_goes_on_rests() -> None:
+    schedule = LookaheadSchedule(0.5, rest=2, total_steps=10)
+    assert schedule.step_size(10) == 0.0
+    assert LookaheadSchedule(0.5, warmup=2).step_size(10**9) == 0.5
+
+
+def test_step_size_follows_the_learning_rate_only_when_asked() -> None:
+    assert LookaheadSchedule(0.5).step_size(0, lr_ratio=0.25) == 0.125
+    assert LookaheadSchedule(0.5, scale_with_lr=False).step_size(0, lr_ratio=0.25) == 0.5
+    assert not LookaheadSchedule(0.0).is_ever_active
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"lookahead_step_size": 1.0}, r"lookahead_step_size must be in \[0, 1\), got 1.0"),
+        ({"lookahead_step_size": -0.1}, r"lookahead_step_size must be in \[0, 1\), got -0.1"),
+        ({"lookahead_step_size": math.nan}, r"lookahead_step_size must be in \[0, 1\), got nan"),
+        ({"warmup": -1}, "warmup must be at least 0 optimizer steps, got -1"),
+        ({"rest": -0.5}, r"rest must be in \[0, 1\] as a fraction of the run"),
+        ({"rest": 150.0}, "Give a number of optimizer steps as an int"),
+        ({"warmup": True}, "warmup must be a number of steps or a fraction, got True"),
+        ({"warmup": 8, "rest": 3}, r"got 8 \+ 3 steps in a run of 10"),
+        ({"warmup": 0.9, "rest": 0.2}, r"got 9 \+ 2 steps in a run of 10"),
+        ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
+        ({"total_steps": None, "warmup": 0.1}, "warmup = 0.1 is a fraction of the run"),
+        ({"total_steps": None, "rest": 0.1}, "rest = 0.1 is a fraction of the run"),
+        ({"total_steps": None, "rest": 5}, "rest = 5 counts from the end of the run"),
+    ],
+)
+def test_wrong_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LookaheadSchedule(**{"lookahead_step_size": 0.5, "total_steps": 10, **kwargs})
+
+
+def test_durations_are_checked_by_name() -> None:
+    with pytest.raises(
+        ValueError, match="warmup must be a number of steps or a fraction, got '10%'"
+    ):
+        check_duration("warmup", "10%")  # type: ignore[arg-type]  # the wrong type is the test
+
+
+def lr_ratios(
+    make_scheduler: Callable[[torch.optim.Optimizer], Any] | None, num_steps: int
+) -> list[float]:
+    """Ratios of 0.1 * multiplier, read before each step as the callback does."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = make_scheduler(optimizer) if make_scheduler else None
+    ratios = []
+    for _ in range(num_steps):
+        ratios.append(follow_lr(optimizer.param_groups[0]))
+        optimizer.step()
+        if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+            scheduler.step(1.0)
+        elif scheduler is not None:
+            scheduler.step()
+    return ratios
+
+
+@pytest.mark.parametrize(
+    ("make_scheduler", "expected"),
+    [
+        # No scheduler: the learning rate is its own maximum.
+        (None, [1, 1, 1, 1]),
+        # initial_lr is the maximum, also while the learning rate warms up.
+        (lambda o: lr_scheduler.LambdaLR(o, lambda t: min(1.0, t / 2)), [0, 0.5, 1, 1]),
+        (lambda o: lr_scheduler.StepLR(o, 2, 0.1), [1, 1, 0.1, 0.1]),
+        (lambda o: lr_scheduler.CosineAnnealingLR(o, 2), [1, 0.5, 0, 0.5]),
+        (lambda o: lr_scheduler.LinearLR(o, 0.5, 1.0, 2), [0.5, 0.75, 1, 1]),
+        (lambda o: lr_scheduler.ExponentialLR(o, 0.5), [1, 0.5, 0.25, 0.125]),
+        # No initial_lr: the learning rate at the start.
+        (lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0), [1, 1, 0.5, 0.25]),
+        # max_lr = 0.1 is in the group; initial_lr = 0.1 / 25 is not the maximum.
+        (
+            lambda o: lr_scheduler.OneCycleLR(
+                o, 0.1, total_steps=4, pct_start=0.5, anneal_strategy="linear"
+            ),
+            [0.04, 1, 0.500002, 4e-6],
+        ),
+        # CyclicLR does not tell its maximum: the running one never gives more than 1.
+        (lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2), [1, 1, 1, 0.55]),
+        # A multiplier above 1 raises the maximum.
+        (lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 + t % 2), [1, 1, 0.5, 1]),
+        (
+            lambda o: lr_scheduler.SequentialLR(
+                o,
+                [lr_scheduler.ConstantLR(o, 0.5, 9), lr_scheduler.ExponentialLR(o, 0.5)],
+                milestones=[2],
+            ),
+            [0.5, 0.5, 1, 0.5],
+        ),
+        (
+            lambda o: lr_scheduler.ChainedScheduler(
+                [lr_scheduler.ConstantLR(o, 0.5, 2), lr_scheduler.ExponentialLR(o, 0.5)]
+            ),
+            [0.5, 0.25, 0.25, 0.125],
+        ),
+    ],
+)
+def test_ratio_to_the_largest_learning_rate(
+    make_scheduler: Callable[[torch.optim.Optimizer], Any] | None, expected: list[float]
+) -> None:
+    assert lr_ratios(make_scheduler, 4) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_reference_is_the_group_max_lr_when_the_user_sets_it() -> None:
+    assert follow_lr({"lr": 0.1, "initial_lr": 0.2, "max_lr": 0.4}) == 0.25
+
+
+def test_reference_survives_in_the_group() -> None:
+    group: dict[str, Any] = {"lr": 0.4}
+    assert follow_lr(group) == 1.0
+    restored = {"lr": torch.tensor(0.1), MAX_LR_KEY: group[MAX_LR_KEY]}
+    assert follow_lr(restored) == pytest.approx(0.25)
+
+
+def test_zero_or_missing_learning_rate() -> None:
+    assert follow_lr({"lr": 0.0}) == 0.0
+    assert follow_lr({"weight_decay": 0.1}) == 1.0

@@ -1,0 +1,101 @@
+"""The benchmark measures what it says, and the method makes no large tensors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_ema_nesterov.cli import main
+from lightning_ema_nesterov.core.lookahead import Lookahead
+from lightning_ema_nesterov.experiments.benchmark import measure as cost
+from lightning_ema_nesterov.experiments.benchmark.measure import FORMS, measure_cost
+
+SIZE = 2**21  # blocks are small beside it
+
+# Most bytes that are held at once, over those of the parameters: the copy of the lookahead point,
+# and a few blocks of 2 ** 17 elements.
+PEAKS = {"default": 0.0, "compile": 0.001, "one_pass": 0.001, "bfloat16": 1.6, "int8": 1.8}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_state_and_peak_of_each_form(form: str) -> None:
+    found = measure_cost(SIZE, 3, form=form, num_rounds=1)
+    assert SIZE - 1024 <= found.num_elements <= SIZE
+    expected = {"bfloat16": 0.5, "int8": 0.25 + 1 / 128}
+    assert found.state_per_element == expected.get(form, 1.0)
+    assert found.peak_per_element <= PEAKS[form]
+    assert (found.peak_per_element >= 1.0) == (form in ("bfloat16", "int8"))
+    times = [found.method_ms, found.straightforward_ms, found.copy_ms, found.adamw_ms]
+    assert min(times) > 0
+
+
+def test_transients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    extrapolate = Lookahead.extrapolate
+
+    def wasteful(self: Lookahead) -> None:
+        extrapolate(self)
+        [p] = self.base_optimizer.param_groups[0]["params"]
+        held = torch.cat([p.detach(), p.detach()])
+        torch.cat([p.detach(), held])  # 2 and 3 at once
+
+    monkeypatch.setattr(Lookahead, "extrapolate", wasteful)
+    assert measure_cost(3000, 1, num_rounds=1).peak_per_element == 5.0
+
+
+def test_straightforward_form_has_the_same_numbers() -> None:
+    """Both at rest: the direction decays, and the parameters move along it."""
+    actions, lookahead = cost._prepare([(100,)], "default", "cpu")
+    lookahead.attach()
+    [p] = lookahead.base_optimizer.param_groups[0]["params"]
+    twin = cost._Straightforward([p.detach().clone()])
+    for _ in range(2):
+        actions["method"]()
+    state = lookahead.base_optimizer.state[p]["ema_nesterov_direction"]
+    state.fill_(0.5)
+    twin.directions[0].fill_(0.5)
+    twin.params[0].copy_(p.detach())
+    for _ in range(5):
+        actions["method"]()
+        twin.step()
+    torch.testing.assert_close(p.detach(), twin.params[0])
+    torch.testing.assert_close(state, twin.directions[0])
+    assert state[0] != 0.5
+
+
+def test_command_prints_a_table_and_writes_the_figures(tmp_path: Path) -> None:
+    arguments = ["--num_elements", "[2000, 4000]", "--num_tensors", "[2, 5]", "--num_rounds", "1"]
+    arguments += ["--forms", "[default, bfloat16]", "--num_threads", "[1, 2]"]
+    command = [sys.executable, "-m", "lightning_ema_nesterov.cli", "benchmark"]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
+    result = subprocess.run([*command, *arguments], **options)  # type: ignore[call-overload]
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert len(figures["costs"]) == 2 * 2 * 2 * 2
+    printed = " ".join(result.stdout.split())
+    for row in figures["costs"]:
+        ratio = row["method_over_straightforward"]
+        assert ratio == pytest.approx(row["method_ms"] / row["straightforward_ms"])  # one round
+        cells = f"{row['form']} {row['num_elements']:,} {row['num_tensors']} {row['num_threads']} "
+        assert f"{cells}{ratio:.2f} " in printed
+    assert {row["num_threads"] for row in figures["costs"]} == {1, 2}
+    assert list(figures["us_per_tensor"]) == ["default", "bfloat16"]
+    assert f"default: {figures['us_per_tensor']['default']:.1f} us for each" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--num_threads", "[0]"],
+        ["--num_elements", "[1]", "--num_tensors", "[2]"],
+        ["--forms", "[fast]"],
+    ],
+)
+def test_bad_input_gets_one_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ema-nesterov", "benchmark", *arguments])
+    with pytest.raises(SystemExit, match=r"^ema-nesterov: .* must be .*$"):
+        main()
