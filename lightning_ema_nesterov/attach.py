@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ema_nesterov.core.lookahead import Lookahead
 from lightning_ema_nesterov.core.metrics import StepMetrics
-from lightning_ema_nesterov.core.schedule import LookaheadSchedule
-from lightning_ema_nesterov.rules.make import make_directions
+from lightning_ema_nesterov.core.module_hooks import ModuleHooks
+from lightning_ema_nesterov.rules.make import DEFAULTS, Settings
 
 __all__ = ["EMANesterovHandle", "attach_ema_nesterov"]
+
+_STEPS_BEFORE_WARNING = 3
 
 
 class EMANesterovHandle:
     """What :func:`attach_ema_nesterov` returns: a view of the method, and the way to end it."""
 
-    def __init__(self, lookahead: Lookahead, handles: list[RemovableHandle]) -> None:
+    def __init__(self, lookahead: Lookahead, module_hooks: ModuleHooks) -> None:
         self._lookahead = lookahead
-        self._handles = handles
+        self._module_hooks = module_hooks
+        self._handles: list[RemovableHandle] = []
+        self._num_unseen_steps = 0
 
     def at_iterate(self) -> AbstractContextManager[None]:
         """Hold the parameters at the iterate inside a ``with`` block, wherever training is."""
         return self._lookahead.at_iterate()
 
     def extrapolate(self) -> None:
-        """Move to the lookahead point now, as a training forward pass does by itself."""
+        """Move to the lookahead point now, as a training forward pass does by itself.
+
+        For training in evaluation mode, or by calls of parts of the module: call it before the
+        first forward pass of each step. Until that step, a forward pass of the module in evaluation
+        mode with gradients counts as one of training.
+        """
+        self._module_hooks.is_held = True
         self._lookahead.extrapolate()
 
     def start_at(self, step_idx: int) -> None:
@@ -48,6 +57,20 @@ class EMANesterovHandle:
         """The step that was measured last, ``None`` before the first."""
         return self._lookahead.metrics
 
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._module_hooks.is_held = False
+        self._num_unseen_steps += 1
+        if self._lookahead.was_extrapolated:
+            self._num_unseen_steps = 0
+        if self._num_unseen_steps == _STEPS_BEFORE_WARNING:
+            warnings.warn(
+                f"EMA-Nesterov does not look ahead: {_STEPS_BEFORE_WARNING} optimizer steps came "
+                "without a training forward pass of the attached module. Attach to the module that "
+                "the training step calls; where it is in evaluation mode, or only its parts are "
+                "called, call extrapolate() of the handle before each forward pass.",
+                stacklevel=2,
+            )
+
     def detach(self) -> None:
         """Return the parameters to the iterate and remove all hooks. The state stays."""
         for handle in self._handles:
@@ -60,31 +83,32 @@ def attach_ema_nesterov(
     optimizer: Optimizer,
     module: nn.Module,
     *,
-    lookahead_step_size: float = 0.5,
-    ema_decay: float = 0.99,
-    warmup: int | float = 0,
-    rest: int | float = 0,
-    total_steps: int | None = None,
-    scale_with_lr: bool = True,
-    compile: bool = False,
+    lookahead_step_size: float = DEFAULTS.lookahead_step_size,
+    ema_decay: float = DEFAULTS.ema_decay,
+    warmup: int | float = DEFAULTS.warmup,
+    rest: int | float = DEFAULTS.rest,
+    total_steps: int | None = DEFAULTS.total_steps,
+    scale_with_lr: bool = DEFAULTS.scale_with_lr,
+    compile: bool = DEFAULTS.compile,
     ends_late: bool = False,
-    direction_dtype: str = "float32",
+    direction_dtype: str = DEFAULTS.direction_dtype,
 ) -> EMANesterovHandle:
     r"""Train with EMA-Nesterov in a loop of your own.
 
     The parameters move to the lookahead point just before a training forward pass of ``module`` and
-    hold the iterate again after the optimizer's step. In the middle of an accumulation window they
-    return to the iterate for a forward pass in evaluation mode or without gradients, and when
-    ``module.state_dict()`` is called, until the next training forward pass.
+    hold the iterate again after the optimizer's step. In between, a forward pass in evaluation mode
+    or without gradients and ``state_dict()`` see the iterate (``state_dict()`` then gives copies),
+    and what follows is as if nobody had looked. Loading weights ends what is under way. A copy of
+    the module, by ``copy.deepcopy`` or ``pickle``, is a plain module.
 
-    Attach before a checkpoint made with the method is loaded, and after one made without it: a
-    distributed checkpoint is read into the state that the optimizer has.
+    A distributed checkpoint that was made with the method: attach, then load. One that was made
+    without: load, then attach.
 
     Args:
         optimizer: The optimizer, as ``torch.optim`` or ``Fabric.setup`` gives it.
         module: The outermost module that is called in training: after ``Fabric.setup``, DDP, FSDP,
             ``fully_shard`` and ``torch.compile``.
-        lookahead_step_size: Peak step size :math:`\beta`, in [0, 1).
+        lookahead_step_size: Peak step size :math:`\beta`, in (-1, 1).
         ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
         warmup: First steps without lookahead. ``int``: optimizer steps, at least 0. ``float``:
             fraction of ``total_steps``, in [0, 1].
@@ -105,64 +129,69 @@ def attach_ema_nesterov(
         A handle with ``detach()``.
 
     Raises:
-        TypeError: If ``optimizer`` is not a ``torch.optim.Optimizer``.
-        ValueError: If an argument is out of its range; for FSDP (1) with ``use_orig_params=True``
-            and parameters narrower than float32, whose state it cannot save.
+        RuntimeError: If a lookahead method is attached to the optimizer already: detach it first.
+        TypeError: If ``optimizer`` is not a ``torch.optim.Optimizer`` or ``module`` no module.
+        ValueError: If an argument is out of its range, if a fraction is given without
+            ``total_steps``, if ``module`` owns no parameter of the optimizer, or for FSDP (1) with
+            ``use_orig_params=True`` and parameters narrower than float32, which it cannot save.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        >>> handle = attach_ema_nesterov(optimizer, model, warmup=100)
+        >>> handle = attach_ema_nesterov(optimizer, model, total_steps=1000)
         >>> for _ in range(3):
         ...     optimizer.zero_grad()
         ...     model(torch.ones(4, 2)).square().mean().backward()
         ...     optimizer.step()
         >>> handle.detach()
     """
-    schedule = LookaheadSchedule(
+    settings = Settings(
         lookahead_step_size,
+        ema_decay,
         warmup=warmup,
         rest=rest,
         total_steps=total_steps,
         scale_with_lr=scale_with_lr,
+        compile=compile,
+        direction_dtype=direction_dtype,
     )
     base_optimizer = _without_wrapper(optimizer)
-    directions = make_directions(
-        base_optimizer,
-        ema_decay,
-        direction_dtype=direction_dtype,
-        compile=compile,
-        ends_late=ends_late,
-        module=module,
-    )
-    lookahead = Lookahead(base_optimizer, schedule, directions, module=module)
+    rule = settings.rule(base_optimizer, module, ends_late=ends_late)
+    _check_module(module, rule.store.all_params())
+    lookahead = Lookahead(rule, settings.schedule(total_steps), module=module)
     lookahead.sharding.check_can_save()
     lookahead.attach()
+    module_hooks = ModuleHooks(lookahead)
+    handle = EMANesterovHandle(lookahead, module_hooks)
+    # Fabric calls a method like `training_step` on the module that it wraps, not on its wrapper,
+    # and its wrapper asks the module that the user gave it for the state.
+    called = {module, getattr(module, "_forward_module", module)}
+    owners = called | {getattr(module, "_original_module", module)}
+    handle._handles = [
+        *module_hooks.register(called, owners),
+        base_optimizer.register_step_post_hook(handle._after_step),
+    ]
+    return handle
 
-    def before_forward(module: nn.Module, args: Any) -> None:
-        if module.training and torch.is_grad_enabled():
-            lookahead.extrapolate()
-        else:
-            lookahead.pause()
 
-    def before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        lookahead.pause()
-
-    # Fabric calls a method like `training_step` on the module that it wraps, not on its wrapper.
-    modules = {module, getattr(module, "_forward_module", module)}
-    # FSDP2 gathers parameters in a pre-hook of its own, and this one has to come first.
-    handles = [m.register_forward_pre_hook(before_forward, prepend=True) for m in modules]
-    # Fabric's wrapper asks the module that the user gave it for the state.
-    for m in modules | {getattr(module, "_original_module", module)}:
-        handle = m.register_state_dict_pre_hook(before_state_dict)
-        # FSDP (1) gathers parameters in a hook of its own, for which it is too late to change them.
-        cast("OrderedDict[int, Any]", m._state_dict_pre_hooks).move_to_end(handle.id, last=False)
-        handles.append(handle)
-    return EMANesterovHandle(lookahead, handles)
+def _check_module(module: nn.Module, params: list[Tensor]) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            "module must be the torch.nn.Module that the training step calls, got "
+            f"{type(module).__module__}.{type(module).__qualname__}."
+        )
+    own = set(module.parameters())
+    if not any(p in own for p in params):
+        raise ValueError(
+            f"module must own parameters of the optimizer, and {type(module).__qualname__} owns "
+            f"none of its {len(params)}. Attach to the module that the training step calls."
+        )
 
 
 def _without_wrapper(optimizer: Optimizer) -> Optimizer:
-    # Fabric's wrapper is not the optimizer; one that holds another as `optimizer` is.
-    if type(optimizer).__module__.endswith("fabric.wrappers"):
+    # The wrappers of Fabric and Accelerate are not the optimizer; one that is an optimizer of its
+    # own and holds another as `optimizer` is.
+    if type(optimizer).__module__ in ("lightning.fabric.wrappers", "accelerate.optimizer"):
         return cast(Optimizer, cast(Any, optimizer).optimizer)
     return optimizer

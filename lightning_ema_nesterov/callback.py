@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ema_nesterov.core.lookahead import Lookahead
 from lightning_ema_nesterov.core.metrics import tag_suffixes
-from lightning_ema_nesterov.core.schedule import (
-    LookaheadSchedule,
-    check_duration,
-    check_total_steps,
-    check_unit_interval,
-)
-from lightning_ema_nesterov.rules.make import check_variant, make_directions
+from lightning_ema_nesterov.core.rule import LookaheadRule
+from lightning_ema_nesterov.core.schedule import LookaheadSchedule
+from lightning_ema_nesterov.rules.make import DEFAULTS, Settings
 from lightning_ema_nesterov.trainer.base_callback import LookaheadCallback
 from lightning_ema_nesterov.trainer.questions import (
     estimate_total_steps,
     is_watched_between_steps,
-    tell_max_lr,
 )
 
 __all__ = ["EMANesterov"]
@@ -49,7 +43,7 @@ class EMANesterov(LookaheadCallback):
     :meth:`extrapolate` is called before its forward pass.
 
     Args:
-        lookahead_step_size: Peak step size :math:`\beta`, in [0, 1). A steady base displacement
+        lookahead_step_size: Peak step size :math:`\beta`, in (-1, 1). A steady base displacement
             ``u`` becomes ``u / (1 - lookahead_step_size)``: compare at retuned learning rates.
         ema_decay: Weight :math:`\gamma` of the past, in [0, 1). The direction remembers about
             ``1 / (1 - ema_decay)`` optimizer steps; 0 is Nesterov's one-step lookahead.
@@ -90,31 +84,30 @@ class EMANesterov(LookaheadCallback):
 
     def __init__(
         self,
-        lookahead_step_size: float = 0.5,
-        ema_decay: float = 0.99,
+        lookahead_step_size: float = DEFAULTS.lookahead_step_size,
+        ema_decay: float = DEFAULTS.ema_decay,
         *,
-        warmup: int | float = 0.3,
-        rest: int | float = 0.15,
-        scale_with_lr: bool = True,
-        total_steps: int | None = None,
-        compile: bool = False,
-        direction_dtype: str = "float32",
+        warmup: int | float = DEFAULTS.warmup,
+        rest: int | float = DEFAULTS.rest,
+        scale_with_lr: bool = DEFAULTS.scale_with_lr,
+        total_steps: int | None = DEFAULTS.total_steps,
+        compile: bool = DEFAULTS.compile,
+        direction_dtype: str = DEFAULTS.direction_dtype,
     ) -> None:
         super().__init__()
-        check_unit_interval("lookahead_step_size", lookahead_step_size)
-        check_unit_interval("ema_decay", ema_decay)
-        check_duration("warmup", warmup)
-        check_duration("rest", rest)
-        check_total_steps(total_steps)
-        check_variant(direction_dtype, compile=compile)
-        self.lookahead_step_size = lookahead_step_size
-        self.ema_decay = ema_decay
-        self.warmup = warmup
-        self.rest = rest
-        self.scale_with_lr = scale_with_lr
-        self.total_steps = total_steps
-        self.compile = compile
-        self.direction_dtype = direction_dtype
+        self.settings = Settings(
+            lookahead_step_size,
+            ema_decay,
+            warmup=warmup,
+            rest=rest,
+            scale_with_lr=scale_with_lr,
+            total_steps=total_steps,
+            compile=compile,
+            direction_dtype=direction_dtype,
+        )
+
+    def __repr__(self) -> str:
+        return repr(self.settings).replace(type(self.settings).__name__, type(self).__name__, 1)
 
     @override
     def on_before_optimizer_step(
@@ -135,54 +128,25 @@ class EMANesterov(LookaheadCallback):
         names = [type(lookahead.base_optimizer).__name__ for lookahead in self._lookaheads]
         for lookahead, suffix in zip(self._lookaheads, tag_suffixes(names), strict=True):
             if lookahead.metrics is not None:
-                self.log_dict(lookahead.metrics.as_scalars(suffix))
+                scalars = lookahead.metrics.as_scalars(suffix)
+                self.log_dict(scalars)  # type: ignore[attr-defined]  # Lightning sets it
                 lookahead.metrics = None
 
     @override
-    def make_lookaheads(self, trainer: Trainer) -> list[Lookahead]:
-        schedule = self._make_schedule(trainer)
-        tell_max_lr(trainer)
-        module = trainer.strategy.model
+    def make_rule(self, trainer: Trainer, optimizer: Optimizer) -> LookaheadRule:
         ends_late = not is_watched_between_steps(trainer, self)
-        try:
-            methods = [
-                make_directions(
-                    optimizer,
-                    self.ema_decay,
-                    direction_dtype=self.direction_dtype,
-                    compile=self.compile,
-                    ends_late=ends_late,
-                    module=module,
-                )
-                for optimizer in trainer.optimizers
-            ]
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
-        return [
-            Lookahead(optimizer, schedule, method, module=module)
-            for optimizer, method in zip(trainer.optimizers, methods, strict=True)
-        ]
+        return self.settings.rule(optimizer, trainer.strategy.model, ends_late=ends_late)
 
-    def _make_schedule(self, trainer: Trainer) -> LookaheadSchedule:
-        total_steps = self.total_steps
-        if total_steps is None and (self.rest or isinstance(self.warmup, float)):
-            total_steps = estimate_total_steps(trainer)
-        if trainer.fast_dev_run:  # a trial of the code on one batch: no schedule fits
-            return LookaheadSchedule(self.lookahead_step_size, scale_with_lr=self.scale_with_lr)
-        try:
-            schedule = LookaheadSchedule(
-                self.lookahead_step_size,
-                warmup=self.warmup,
-                rest=self.rest,
-                total_steps=total_steps,
-                scale_with_lr=self.scale_with_lr,
-            )
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+    @override
+    def make_schedule(self, trainer: Trainer) -> LookaheadSchedule:
+        # A trial of the code on one batch: no schedule fits.
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set elsewhere
+            return replace(self.settings, warmup=0, rest=0).schedule(None)
+        total_steps = self.settings.total_steps or estimate_total_steps(trainer)
+        schedule = self.settings.schedule(total_steps)
         if not schedule.is_ever_active:
             rank_zero_warn(
                 "EMANesterov never looks ahead in this run, so training equals the base optimizer "
-                f"alone: lookahead_step_size={self.lookahead_step_size}, warmup={self.warmup}, "
-                f"rest={self.rest}, total_steps={total_steps}."
+                f"alone: {self!r} in {total_steps} steps."
             )
         return schedule

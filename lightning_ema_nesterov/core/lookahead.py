@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,53 +14,70 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_ema_nesterov.core.metrics import StepMetrics
-from lightning_ema_nesterov.core.rule import Fold, Method
+from lightning_ema_nesterov.core.rule import Fold, LookaheadRule
 from lightning_ema_nesterov.core.schedule import MAX_LR_KEY, LookaheadSchedule, follow_lr
 from lightning_ema_nesterov.core.sharding import Sharding
-from lightning_ema_nesterov.core.stage import Pause, Stage
 from lightning_ema_nesterov.core.step_hooks import StepHooks
 
-__all__ = ["STEP_KEY", "Lookahead", "Stage"]
+__all__ = ["STEP_KEY", "Lookahead", "Window"]
 
 STEP_KEY = "ema_nesterov_step"
 """Key of the number of steps taken, in the base optimizer's first parameter group."""
 
 _NO_STEP = -1
 
+_attached: WeakSet[Optimizer] = WeakSet()
+
+
+@dataclass
+class Window:
+    """What is open from the move to the lookahead point to the end of the optimizer's step.
+
+    Attributes:
+        step_sizes: Parameters at the lookahead point, and their step sizes.
+        is_stepping: Whether the base optimizer has begun to change parameters.
+        folds: What the base optimizer is stepping.
+        is_dry_run: Whether the step only makes the base optimizer create its state.
+        put_back: While parameters hold the iterate for someone who looks: what ends that.
+    """
+
+    step_sizes: dict[Tensor, float] = field(default_factory=dict)
+    is_stepping: bool = False
+    folds: list[Fold] = field(default_factory=list)
+    is_dry_run: bool = False
+    put_back: Callable[[], None] | None = None
+
 
 class Lookahead:
-    r"""A lookahead method around one base optimizer, which stays the object that the user made.
+    r"""A lookahead rule at work on its base optimizer, which stays the object that the user made.
 
     The owner calls :meth:`extrapolate` before each training forward pass. Hooks on the base
-    optimizer do the rest: the fold before it changes a parameter, the next direction after it.
+    optimizer do the rest: the update begins before it changes a parameter, and ends after it.
+    From the extrapolation to the end of the step a :class:`Window` is open. Without one, parameters
+    hold the iterate.
 
     A parameter without a gradient takes no step: it returns to its iterate and keeps its direction,
     as the base optimizer leaves it and its state alone. A parameter with ``requires_grad=False`` is
     not touched.
 
     Args:
-        base_optimizer: The optimizer to look ahead for. Its ``step`` must call its closure.
+        rule: What is kept for each parameter of its base optimizer, and how a step updates it. The
+            optimizer's ``step`` must call its closure.
         schedule: Step size :math:`\beta_t` for each step.
-        method: What is kept for each parameter, and how a step updates it.
         module: The outermost module; needed where FSDP shards it.
 
     Attributes:
-        stage: What the parameters hold.
         will_measure: Whether the next step is measured; reset by it.
-        keeps_shards: Whether shards keep their tensors, as zeros, in the rest. A distributed
-            checkpoint without them is refused, unless the loader forgets them first.
         metrics: The step that was measured last.
-
-    Raises:
-        TypeError: If ``base_optimizer`` is not a ``torch.optim.Optimizer``.
+        was_extrapolated: Whether :meth:`extrapolate` was called before the step that was last.
 
     Example:
         >>> import torch
         >>> from lightning_ema_nesterov.rules.ema import EMADirections
         >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
         >>> optimizer = torch.optim.SGD([weight], lr=0.25)
-        >>> directions = EMADirections(optimizer, ema_decay=0.5)
-        >>> lookahead = Lookahead(optimizer, LookaheadSchedule(0.5), directions).attach()
+        >>> rule = EMADirections(optimizer, ema_decay=0.5)
+        >>> lookahead = Lookahead(rule, LookaheadSchedule(0.5)).attach()
         >>> for _ in range(2):
         ...     optimizer.zero_grad()
         ...     lookahead.extrapolate()
@@ -69,32 +88,24 @@ class Lookahead:
     """
 
     def __init__(
-        self,
-        base_optimizer: Optimizer,
-        schedule: LookaheadSchedule,
-        method: Method,
-        *,
-        module: nn.Module | None = None,
+        self, rule: LookaheadRule, schedule: LookaheadSchedule, *, module: nn.Module | None = None
     ) -> None:
-        if not isinstance(base_optimizer, Optimizer):
-            raise TypeError(
-                "base_optimizer must be a torch.optim.Optimizer, got "
-                f"{type(base_optimizer).__module__}.{type(base_optimizer).__qualname__}."
-            )
-        self.base_optimizer = base_optimizer
+        self.rule = rule
         self.schedule = schedule
-        self.sharding = Sharding(module, base_optimizer)
-        self.method = method
-        self.stage = Stage.ITERATE
+        self.sharding = Sharding(module, rule.base_optimizer)
         self.will_measure = False
-        self.keeps_shards = True
         self.metrics: StepMetrics | None = None
-        self._pause: Pause | None = None
-        self._step_sizes: dict[Tensor, float] = {}  # parameters at y, and their beta_t
-        self._folds: list[Fold] = []
-        self._is_dry_run = False
-        self._hooks = StepHooks(base_optimizer, self._begin_step, self._end_step)
+        self.was_extrapolated = False
+        self._window: Window | None = None
+        self._hooks = StepHooks(
+            rule.base_optimizer, self._begin_step, self._end_step, lambda: self._is_stepping
+        )
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def base_optimizer(self) -> Optimizer:
+        """The optimizer of the rule."""
+        return self.rule.base_optimizer
 
     @property
     def step_idx(self) -> int:
@@ -107,19 +118,30 @@ class Lookahead:
 
     @property
     def is_new(self) -> bool:
-        """Whether no step was taken, or loaded, with EMA-Nesterov."""
+        """Whether no step was taken, or loaded, with the method."""
         return int(self.base_optimizer.param_groups[0].get(STEP_KEY, _NO_STEP)) == _NO_STEP
 
     def attach(self) -> Self:
-        """Register the hooks on the base optimizer and fix each group's learning-rate reference."""
+        """Register the hooks on the base optimizer and fix each group's learning-rate reference.
+
+        Raises:
+            RuntimeError: If a lookahead method is attached to the optimizer already.
+        """
         if self._handles:
             return self
         optimizer = self.base_optimizer
+        if optimizer in _attached:
+            raise RuntimeError(
+                f"{type(optimizer).__qualname__} must have one lookahead method, and one is "
+                "attached to it already. Detach that one, or make a new optimizer."
+            )
+        _attached.add(optimizer)
         self._handles = [
             *self._hooks.register(),
-            *self.method.keep_dtype_on_load(),
-            optimizer.register_state_dict_pre_hook(lambda _: self.method.make_whole()),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
+            *self.rule.store.restore_on_load(self.rule.restore),
+            optimizer.register_state_dict_pre_hook(lambda _: self.rule.make_state_readable()),
+            # Whatever is loaded, parameters that nobody loads stay at the iterate.
+            optimizer.register_load_state_dict_pre_hook(lambda *_: self.retract()),
         ]
         optimizer.param_groups[0].setdefault(STEP_KEY, _NO_STEP)  # a place to load it to
         for group in optimizer.param_groups:
@@ -129,6 +151,8 @@ class Lookahead:
     def detach(self) -> None:
         """Return the parameters to the iterate and remove the hooks. The state stays."""
         self.retract()
+        if self._handles:
+            _attached.discard(self.base_optimizer)
         while self._handles:
             self._handles.pop().remove()
 
@@ -144,20 +168,19 @@ class Lookahead:
 
         The step size is computed here, once for the window up to the base optimizer's step.
         """
-        if self.stage is Stage.PAUSED:
-            self.resume()
-        elif self.stage is Stage.STEPPING and not self._hooks.is_in_closure:
-            self.retract()  # the last step of the base optimizer raised, and training goes on
-        if self.stage is not Stage.ITERATE:
+        self.resume()
+        if self._is_stepping and not self._hooks.is_in_closure:
+            self.retract()  # the last step of the base optimizer raised, and training continues
+        if self._window is not None:
             return
-        self.stage = Stage.LOOKAHEAD
+        self._window = Window()
         for group in self.base_optimizer.param_groups:
             step_size = self.schedule.step_size(self.step_idx, follow_lr(group))
-            params = [p for p in group["params"] if p.requires_grad and self.method.has(p)]
+            params = [p for p in group["params"] if p.requires_grad and self.rule.store.has(p)]
             if step_size and params:
                 self.sharding.reshard()
-                self.method.extrapolate(params, step_size)
-                self._step_sizes.update(dict.fromkeys(params, step_size))
+                self.rule.extrapolate(params, step_size)  # params hold y
+                self._window.step_sizes.update(dict.fromkeys(params, step_size))
 
     def retract(self) -> None:
         """Return the parameters to the iterate for good: no step follows from where they are.
@@ -165,82 +188,101 @@ class Lookahead:
         After an exception inside the base optimizer's step, parameters that it changed count as
         stepped, the others go back.
         """
-        self.method.make_whole()
-        if self.stage is Stage.ITERATE:
-            return
-        if self.stage is not Stage.PAUSED:
-            self._restore_iterate()
+        self.rule.make_state_readable()
+        if self._window is not None and self._window.put_back is None:
+            self._move_to_iterate(self._window)
         self._hooks.reset()
-        self._close_window()
+        self._window = None
 
     def skip(self) -> None:
-        """Close a window whose step was skipped: back to the iterate, and the schedule goes on."""
-        if self.stage is not Stage.ITERATE:
+        """Close a window whose step was skipped: back to the iterate, and the step counts."""
+        if self._window is not None:
             self.retract()
-            self.method.finish([], step_idx=self.step_idx)
+            self.rule.after_step(self.step_idx)
             self.step_idx += 1
 
     def pause(self) -> None:
         """Return the parameters to the iterate until :meth:`extrapolate` or :meth:`resume`.
 
-        A copy of the changed tensors is kept aside, so that training goes on from the same numbers.
+        A copy of the changed tensors is put aside, so that training continues from the same bits.
         """
-        if self.stage is Stage.ITERATE:
-            self.method.make_whole()
-        if self.stage in (Stage.ITERATE, Stage.PAUSED):
-            return
-        self.sharding.reshard()
-        begun = dict(self.method.begun)
-        changed = dict.fromkeys([*self._step_sizes, *self.method.tensors_of(list(begun))])
-        for fold in self._folds:
-            own = self.method.tensors_of(fold.params)
-            changed.update(dict.fromkeys([*fold.params, *fold.buffers, *own]))
-        kept = [(tensor, tensor.detach().clone()) for tensor in changed]
-        self._pause = Pause(self.stage, kept, begun)
-        self._restore_iterate()
-        self.stage = Stage.PAUSED
+        window = self._window
+        if window is None:
+            self.rule.make_state_readable()
+        elif window.put_back is None:
+            self.sharding.reshard()
+            window.put_back = self._put_aside(window)
+            self._move_to_iterate(window)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a window is open, and nobody looks at the iterate in it."""
+        return self._window is not None and self._window.put_back is None
 
     def resume(self) -> None:
-        """Put back, bit for bit, what :meth:`pause` kept aside."""
-        if self._pause is None:
-            return
-        self.sharding.reshard()
-        for tensor, kept in self._pause.kept:
-            # `.data` hides the change from autograd: the tensors that it saved are whole again.
-            tensor.data.copy_(kept)
-        self.method.begun.update(self._pause.begun)
-        self.stage, self._pause = self._pause.stage, None
+        """Put back, bit for bit, what :meth:`pause` put aside."""
+        if self._window is not None and self._window.put_back is not None:
+            self.sharding.reshard()
+            self._window.put_back()
+            self._window.put_back = None
 
     @contextmanager
     def at_iterate(self) -> Iterator[None]:
-        """Hold the parameters at the iterate, and the state whole, inside a ``with`` block."""
-        was_paused = self.stage is Stage.PAUSED
+        """Hold the parameters at the iterate, and the state readable, inside a ``with`` block."""
+        was_open = self.is_open
         self.pause()
         try:
             yield
         finally:
-            if not was_paused:
+            if was_open:
                 self.resume()
 
+    def _put_aside(self, window: Window) -> Callable[[], None]:
+        store = self.rule.store
+        stepped = [p for fold in window.folds for p in fold.params]
+        buffers = [buffer for fold in window.folds for buffer in fold.buffers]
+        new = [p for p in stepped if not store.has(p)]
+        put_back_tensors = self.rule.put_aside(
+            [*window.step_sizes, *stepped, *buffers, *store.tensors(stepped)]
+        )
+
+        def put_back() -> None:
+            put_back_tensors()
+            for p in new:
+                store.drop(p)
+
+        return put_back
+
+    @property
+    def _is_stepping(self) -> bool:
+        return self._window is not None and self._window.is_stepping
+
     def _begin_step(self) -> None:
-        # torch.distributed.checkpoint makes a base optimizer create its state by a step with
-        # gradients and learning rates of zero, outside of training.
-        groups = self.base_optimizer.param_groups
-        lrs = (float(group.get("lr", 1.0)) for group in groups)  # read outside of training only
-        self._is_dry_run = self.stage is Stage.ITERATE and not any(lrs)
         self.resume()
+        if self._is_stepping:
+            self.retract()  # the last step raised, and this one follows without a forward pass
+        self.was_extrapolated = self._window is not None
+        is_dry_run = self._window is None and self._is_dry_run()
+        window = self._window = self._window or Window(is_dry_run=is_dry_run)
+        window.is_stepping = True
+        if is_dry_run:
+            return
         if self._scaler_skips_step():
-            self._restore_iterate()
-        elif self.schedule.is_resting(self.step_idx):
-            self.method.free(keeps_shards=self.keeps_shards)
-        else:
-            params = [p for group in groups for p in group["params"]]
-            for step_size, bucket in self._by_step_size(p for p in params if p.grad is None):
-                self._retract(bucket, step_size)
-            for step_size, bucket in self._by_step_size(p for p in params if p.grad is not None):
-                fold = self.method.begin(bucket, step_size, is_measured=self.will_measure)
-                self._folds.append(fold)
-        self.stage = Stage.STEPPING
+            self._retract_all(window.step_sizes)
+            return
+        params = self.rule.store.all_params()
+        self._retract_all(p for p in params if p.grad is None)
+        for step_size, bucket in self._by_step_size(p for p in params if p.grad is not None):
+            fold = self.rule.begin(bucket, step_size, is_measured=self.will_measure)
+            window.folds.append(fold)
+
+    def _is_dry_run(self) -> bool:
+        # torch.distributed.checkpoint has a base optimizer without any state create it, by a step
+        # with gradients and learning rates of zero. Read on the host, outside of training only.
+        optimizer = self.base_optimizer
+        if optimizer.state or any(float(g.get("lr", 1.0)) for g in optimizer.param_groups):
+            return False
+        return not any(p.grad is not None and p.grad.any() for p in self.rule.store.all_params())
 
     def _scaler_skips_step(self) -> bool:
         # GradScaler calls a fused optimizer for a skipped step too, and the optimizer skips it.
@@ -248,44 +290,39 @@ class Lookahead:
         return found_inf is not None and bool(found_inf.item() > 0)
 
     def _end_step(self) -> None:
-        is_resting = self.schedule.is_resting(self.step_idx)
-        if not is_resting:
-            self.method.finish(self._folds, step_idx=self.step_idx)
-        if self._is_dry_run:
-            for fold in self._folds:
-                self.method.restart(fold.params)
+        window = self._window or Window()
+        if window.is_dry_run:
+            self.rule.store.fill_stepped(self.rule.make_state)
         else:
-            if self.will_measure and is_resting:
-                self.metrics = StepMetrics(step_size=0.0)
-            elif self.will_measure:
-                self.metrics = self.method.measure(self._folds, self.sharding)
-            self.will_measure = False
+            for fold in window.folds:
+                self.rule.finish(fold, step_idx=self.step_idx)
+            self.rule.after_step(self.step_idx)
+            if self.will_measure:
+                self.metrics = self.rule.measure(window.folds, self.sharding)
+                self.will_measure = False
             self.step_idx += 1
-        self._close_window()
+        self.rule.store.fill_missing(self.rule.make_state)
+        self._window = None
 
-    def _after_load(self, optimizer: Optimizer) -> None:
-        self._close_window()  # whoever loads the optimizer loads the iterates too
-
-    def _restore_iterate(self) -> None:
+    def _move_to_iterate(self, window: Window) -> None:
         self.sharding.reshard()
-        if self.stage is Stage.LOOKAHEAD:
-            for step_size, params in self._by_step_size(self._step_sizes):
-                self._retract(params, step_size)
-        for fold in self._folds:
-            self._retract(self.method.settle(fold), fold.step_size)
+        if not window.is_stepping:
+            self._retract_all(window.step_sizes)
+        for fold in window.folds:
+            stepped, waiting = fold.split()
+            self.rule.finish(stepped, step_idx=self.step_idx)
+            self.rule.cancel(waiting)
+            self._retract_all(waiting.params)
+        self.rule.make_state_readable()
 
-    def _retract(self, params: list[Tensor], step_size: float) -> None:
-        if step_size:
-            self.method.retract(params, step_size)
-
-    def _close_window(self) -> None:
-        self.stage = Stage.ITERATE
-        self._pause = None
-        self._step_sizes, self._folds = {}, []
-        self.method.begun.clear()
+    def _retract_all(self, params: Iterable[Tensor]) -> None:
+        for step_size, bucket in self._by_step_size(params):
+            if step_size:
+                self.rule.retract(bucket, step_size)
 
     def _by_step_size(self, params: Iterable[Tensor]) -> list[tuple[float, list[Tensor]]]:
+        step_sizes = self._window.step_sizes if self._window else {}
         buckets: dict[float, list[Tensor]] = defaultdict(list)
         for p in params:
-            buckets[self._step_sizes.get(p, 0.0)].append(p)
+            buckets[step_sizes.get(p, 0.0)].append(p)
         return list(buckets.items())

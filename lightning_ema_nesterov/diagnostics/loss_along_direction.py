@@ -16,6 +16,7 @@ from lightning_ema_nesterov.callback import EMANesterov
 from lightning_ema_nesterov.core.lookahead import Lookahead
 from lightning_ema_nesterov.core.sharding import local
 from lightning_ema_nesterov.trainer.log import log_to_all
+from lightning_ema_nesterov.trainer.questions import callbacks_of
 
 __all__ = ["LossAlongDirection"]
 
@@ -85,7 +86,7 @@ class LossAlongDirection(Callback):
         pairs = [
             (lookahead, p)
             for lookahead in _ema_nesterov_of(trainer).lookaheads
-            for p in lookahead.method.known_params()
+            for p in lookahead.rule.store.known_params()
         ]
         if not pairs:
             return
@@ -111,7 +112,7 @@ class LossAlongDirection(Callback):
         _set(pairs, kept)
         for lookahead, p in pairs:
             [point] = local([p.data])
-            point.add_(lookahead.method.read(p), alpha=a)
+            point.add_(lookahead.rule.read_direction(p), alpha=a)
         losses = [_loss_of(trainer, batch, idx) for idx, batch in enumerate(self._batches)]
         mean = trainer.strategy.reduce(torch.stack(losses).mean(), reduce_op="mean")
         return float(mean)
@@ -152,7 +153,7 @@ def _silenced(module: LightningModule) -> Iterator[None]:
 
 
 def _ema_nesterov_of(trainer: Trainer) -> EMANesterov:
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if isinstance(callback, EMANesterov):
             return callback
     raise MisconfigurationException(

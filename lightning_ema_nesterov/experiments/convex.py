@@ -193,7 +193,7 @@ def _train(
     x = nn.Parameter(start.clone())
     optimizer = torch.optim.SGD([x], lr=1.0)
     directions = EMADirections(optimizer, ema_decay)
-    lookahead = Lookahead(optimizer, LookaheadSchedule(step_size), directions).attach()
+    lookahead = Lookahead(directions, LookaheadSchedule(step_size)).attach()
     path = [start]
     for _ in range(num_steps):
         lookahead.extrapolate()

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from lightning_ema_nesterov.attach import EMANesterovHandle, attach_ema_nesterov
 from lightning_ema_nesterov.litgpt.run import LitGPTRun, find_module
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer, check_place, yaml_key
+from lightning_ema_nesterov.rules.make import DEFAULTS
 
 __all__ = ["ema_nesterov"]
 
@@ -27,14 +28,14 @@ _PLACES = {
 def ema_nesterov(
     params: ParamsT,
     base: str | dict[str, Any],
-    lookahead_step_size: float = 0.5,
-    ema_decay: float = 0.99,
-    warmup: int | float = 0.3,
-    rest: int | float = 0.15,
-    total_steps: int | None = None,
-    scale_with_lr: bool = True,
-    compile: bool = False,
-    direction_dtype: str = "float32",
+    lookahead_step_size: float = DEFAULTS.lookahead_step_size,
+    ema_decay: float = DEFAULTS.ema_decay,
+    warmup: int | float = DEFAULTS.warmup,
+    rest: int | float = DEFAULTS.rest,
+    total_steps: int | None = DEFAULTS.total_steps,
+    scale_with_lr: bool = DEFAULTS.scale_with_lr,
+    compile: bool = DEFAULTS.compile,
+    direction_dtype: str = DEFAULTS.direction_dtype,
     fused: bool = False,
 ) -> Optimizer:
     r"""Return a base optimizer with EMA-Nesterov attached, for ``optimizer`` in a LitGPT YAML.

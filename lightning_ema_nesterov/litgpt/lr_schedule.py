@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_ema_nesterov.core.schedule import check_duration
+from lightning_ema_nesterov.core.checks import check_duration
 from lightning_ema_nesterov.litgpt.run import LitGPTRun, find_module
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer, check_place, yaml_key
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
+from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ema_nesterov.core.lookahead import Lookahead
+from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 from lightning_ema_nesterov.rules.gpa import GPADirections
 from lightning_ema_nesterov.trainer.base_callback import LookaheadCallback
@@ -52,14 +53,9 @@ class GPA(LookaheadCallback):
         self.mu_x = mu_x
 
     @override
-    def make_lookaheads(self, trainer: Trainer) -> list[Lookahead]:
-        schedule = LookaheadSchedule(1.0 - self.mu_y, scale_with_lr=False)
-        return [
-            Lookahead(
-                optimizer,
-                schedule,
-                GPADirections(optimizer, self.mu_x),
-                module=trainer.strategy.model,
-            )
-            for optimizer in trainer.optimizers
-        ]
+    def make_rule(self, trainer: Trainer, optimizer: Optimizer) -> LookaheadRule:
+        return GPADirections(optimizer, self.mu_x)
+
+    @override
+    def make_schedule(self, trainer: Trainer) -> LookaheadSchedule:
+        return LookaheadSchedule(1.0 - self.mu_y, scale_with_lr=False)

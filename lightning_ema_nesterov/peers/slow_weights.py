@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
+from torch.optim import Optimizer
 from typing_extensions import override
 
-import lightning_ema_nesterov.core.lookahead as core
-from lightning_ema_nesterov.core.schedule import LookaheadSchedule, check_unit_interval
+from lightning_ema_nesterov.core.checks import check_unit_interval
+from lightning_ema_nesterov.core.rule import LookaheadRule
+from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 from lightning_ema_nesterov.rules.slow_weights import SlowWeights
 from lightning_ema_nesterov.trainer.base_callback import LookaheadCallback
 
@@ -52,17 +54,12 @@ class SNOO(LookaheadCallback):
         self.outer_momentum = outer_momentum
 
     @override
-    def make_lookaheads(self, trainer: Trainer) -> list[core.Lookahead]:
-        # Gradients are taken at the fast weights: there is nothing to extrapolate.
-        return [
-            core.Lookahead(
-                optimizer,
-                LookaheadSchedule(0.0),
-                SlowWeights(optimizer, self.num_inner_steps, self.outer_lr, self.outer_momentum),
-                module=trainer.strategy.model,
-            )
-            for optimizer in trainer.optimizers
-        ]
+    def make_rule(self, trainer: Trainer, optimizer: Optimizer) -> LookaheadRule:
+        return SlowWeights(optimizer, self.num_inner_steps, self.outer_lr, self.outer_momentum)
+
+    @override
+    def make_schedule(self, trainer: Trainer) -> LookaheadSchedule:
+        return LookaheadSchedule(0.0)  # gradients are taken at the fast weights
 
 
 class Lookahead(SNOO):

@@ -9,11 +9,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ema_nesterov.core.equations import begin_update_, cancel_update_, finish_update_
+from lightning_ema_nesterov.core.equations import (
+    begin_update_,
+    cancel_update_,
+    finish_update_,
+    fold_decay,
+)
 from lightning_ema_nesterov.core.metrics import StepMetrics, sums_of_step
-from lightning_ema_nesterov.core.rule import Fold, Method, wide_dtype
-from lightning_ema_nesterov.core.schedule import check_unit_interval
+from lightning_ema_nesterov.core.rule import Fold, LookaheadRule, largest_step_size
 from lightning_ema_nesterov.core.sharding import Sharding, local
+from lightning_ema_nesterov.core.state_store import wide_dtype
 from lightning_ema_nesterov.rules.codecs import read_any
 
 __all__ = ["DIRECTION_KEY", "SCALES_KEY", "EMADirections"]
@@ -25,7 +30,11 @@ SCALES_KEY = "ema_nesterov_direction_scales"
 """Key of what turns the codes of an EMA direction in int8 into numbers."""
 
 
-class EMADirections(Method):
+_LEAST_DECAY = 0.1
+"""Weight of the direction in its fold below which a copy of it is kept in the step."""
+
+
+class EMADirections(LookaheadRule):
     r"""EMA directions in ``base_optimizer.state[p]["ema_nesterov_direction"]``.
 
     A parameter without one has the direction zero.
@@ -33,53 +42,54 @@ class EMADirections(Method):
     Args:
         base_optimizer: The optimizer whose state holds the directions.
         ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
-
-    Raises:
-        ValueError: If ``ema_decay`` is not in [0, 1).
     """
 
     keys = (DIRECTION_KEY,)
     loadable_keys = (DIRECTION_KEY, SCALES_KEY)
 
     def __init__(self, base_optimizer: Optimizer, ema_decay: float) -> None:
-        check_unit_interval("ema_decay", ema_decay)
         super().__init__(base_optimizer)
         self.ema_decay = ema_decay
 
     @override
+    def make_state(self, p: Tensor) -> dict[str, Tensor]:
+        return {DIRECTION_KEY: torch.zeros_like(p, dtype=wide_dtype(p))}
+
+    @override
     def begin(self, params: list[Tensor], step_size: float, *, is_measured: bool) -> Fold:
-        known = [p for p in params if self.has(p)]
-        new = [p for p in params if not self.has(p)]
-        buffers = self.of(known)
-        previous = [m.clone() if is_measured else None for m in buffers]
+        known = [p for p in params if self.store.has(p)]
+        new = [p for p in params if not self.store.has(p)]
+        buffers = self.store.column(known)
+        # A fold with next to nothing of the direction in it could not give it back.
+        is_kept = is_measured or abs(fold_decay(self.ema_decay, step_size)) < _LEAST_DECAY
+        kept: list[Tensor | None] = [m.clone() if is_kept else None for m in buffers]
         begin_update_(local(buffers), local(known), ema_decay=self.ema_decay, step_size=step_size)
         # m_0 = 0: the fold of a new direction needs the iterate alone.
         buffers += [p.detach().to(wide_dtype(p)).mul(self.ema_decay - 1.0) for p in new]
-        return Fold(known + new, buffers, step_size, [*previous, *[None] * len(new)])
+        return Fold(known + new, step_size, buffers, [*kept, *[None] * len(new)])
 
     @override
-    def finish(self, folds: list[Fold], *, step_idx: int) -> None:
-        for fold in folds:
-            self._finish(fold.params, fold.buffers)
-        self.complete()
+    def finish(self, fold: Fold, *, step_idx: int) -> None:
+        self._finish(fold.params, fold.buffers)
 
     @override
-    def settle(self, fold: Fold) -> list[Tensor]:
-        self._finish(*fold.part(is_changed=True))
-        waiting, cancelled = fold.part(is_changed=False)
+    def cancel(self, fold: Fold) -> None:
+        rows = list(zip(fold.params, fold.buffers, fold.kept, strict=True))
+        for _, buffer, kept in rows:
+            if kept is not None:
+                buffer.copy_(kept)
+        folded = [(p, buffer) for p, buffer, kept in rows if kept is None]
         cancel_update_(
-            local(cancelled), local(waiting), ema_decay=self.ema_decay, step_size=fold.step_size
+            local(buffer for _, buffer in folded),
+            local(p for p, _ in folded),
+            ema_decay=self.ema_decay,
+            step_size=fold.step_size,
         )
-        return waiting
 
     def _finish(self, params: list[Tensor], buffers: list[Tensor]) -> None:
         finish_update_(local(buffers), local(params), ema_decay=self.ema_decay)
         for p, buffer in zip(params, buffers, strict=True):
-            self.base_optimizer.state[p][DIRECTION_KEY] = buffer
-
-    @override
-    def make_state(self, p: Tensor) -> dict[str, Tensor]:
-        return {DIRECTION_KEY: torch.zeros_like(p, dtype=wide_dtype(p))}
+            self.store.put(p, {DIRECTION_KEY: buffer})
 
     @override
     def restore(self, p: Tensor, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,11 +108,11 @@ class EMADirections(Method):
     def measure(self, folds: list[Fold], sharding: Sharding) -> StepMetrics:
         """Measure a finished step; the only communication, where parameters are sharded."""
         params = [p for fold in folds for p in fold.params]
-        previous = [m for fold in folds for m in fold.previous]
+        previous = [m for fold in folds for m in fold.kept]
         rows = sums_of_step(
             [None if m is None else local([m])[0] for m in previous],
             local(m for fold in folds for m in fold.buffers),
             ema_decay=self.ema_decay,
         )
-        step_size = max((fold.step_size for fold in folds), default=0.0)
-        return StepMetrics.from_sums(sharding.sum_over_shards(params, rows), step_size)
+        sums = sharding.sum_over_shards(params, rows)
+        return StepMetrics.from_sums(sums, largest_step_size(folds))

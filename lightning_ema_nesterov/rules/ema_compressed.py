@@ -18,8 +18,7 @@ from typing_extensions import override
 
 from lightning_ema_nesterov.core.equations import fold_decay
 from lightning_ema_nesterov.core.metrics import StepMetrics, row_of_step
-from lightning_ema_nesterov.core.rule import Fold, Method
-from lightning_ema_nesterov.core.schedule import check_unit_interval
+from lightning_ema_nesterov.core.rule import Fold, LookaheadRule, largest_step_size
 from lightning_ema_nesterov.core.sharding import Sharding, local
 from lightning_ema_nesterov.rules.codecs import Codec, Int8, codec_for, read_any
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY, SCALES_KEY
@@ -31,7 +30,7 @@ _BLOCK_ELEMENTS_ON_DEVICE = 2**22
 _PRIME = 40_503
 
 
-class CompressedDirections(Method):
+class CompressedDirections(LookaheadRule):
     r"""EMA directions in ``base_optimizer.state[p]``, stored by a codec.
 
     Rounding is stochastic, with noise that follows from the step and the parameter alone: a run
@@ -46,13 +45,45 @@ class CompressedDirections(Method):
     keys = (DIRECTION_KEY, SCALES_KEY)
 
     def __init__(self, base_optimizer: Optimizer, ema_decay: float, direction_dtype: str) -> None:
-        check_unit_interval("ema_decay", ema_decay)
         super().__init__(base_optimizer)
         self.ema_decay = ema_decay
         self.direction_dtype = direction_dtype
-        self._step_idx = 0
-        self._noise: Tensor | None = None
-        self._new: set[Tensor] = set()  # parameters that have no direction before this step
+        self._noise: tuple[int, Tensor] | None = None  # of one step
+
+    @override
+    def make_state(self, p: Tensor) -> dict[str, Tensor]:
+        made = self.codec(p).make(p)
+        return dict(zip(self.keys, made, strict=False))  # scales are in int8 only
+
+    @override
+    def begin(self, params: list[Tensor], step_size: float, *, is_measured: bool) -> Fold:
+        buffers = [p.detach().clone() for p in params]
+        is_kept = [is_measured and self.store.has(p) for p in params]
+        kept = [
+            self.read_direction(p).clone() if keep else None
+            for p, keep in zip(params, is_kept, strict=True)
+        ]
+        return Fold(params, step_size, buffers, kept)
+
+    @override
+    @torch.no_grad()
+    def finish(self, fold: Fold, *, step_idx: int) -> None:
+        decay = fold_decay(self.ema_decay, fold.step_size)
+        places = self._places()
+        for p, y in zip(fold.params, fold.buffers, strict=True):
+            codec = self.codec(p)
+            if not self.store.has(p):
+                self.store.put(p, self.make_state(p))
+            blocks = _blocks(codec, [p.detach(), y, *self.store.tensors([p])])
+            for block_idx, (x_next, y_block, *stored) in enumerate(blocks):
+                m = codec.read(stored).to(torch.promote_types(y.dtype, torch.float32)) * decay
+                m.add_(x_next.to(m.dtype) - y_block.to(m.dtype), alpha=1.0 - self.ema_decay)
+                noise = self._noise_like(m, step_idx, places[p] + block_idx * _PRIME)
+                codec.write_(stored, m, noise)
+
+    @override
+    def after_step(self, step_idx: int) -> None:
+        self._noise = None
 
     @override
     def extrapolate(self, params: list[Tensor], step_size: float) -> None:
@@ -63,56 +94,30 @@ class CompressedDirections(Method):
         self._add_directions(params, [p.data for p in params], -step_size)
 
     @override
-    def begin(self, params: list[Tensor], step_size: float, *, is_measured: bool) -> Fold:
-        self._new.update(p for p in params if not self.has(p))
-        buffers = [p.detach().clone() for p in params]
-        previous = [self.read(p).clone() if is_measured and self.has(p) else None for p in params]
-        return Fold(params, buffers, step_size, [*previous])
-
-    @override
-    def finish(self, folds: list[Fold], *, step_idx: int) -> None:
-        self._step_idx, self._noise = step_idx, None
-        for fold in folds:
-            self._finish(fold.params, fold.buffers, fold.step_size)
-        self._noise = None
-        self._new.clear()
-        self.complete()
-
-    @override
-    def settle(self, fold: Fold) -> list[Tensor]:
-        self._finish(*fold.part(is_changed=True), fold.step_size)
-        return fold.part(is_changed=False)[0]
-
-    @override
-    def make_state(self, p: Tensor) -> dict[str, Tensor]:
-        made = self.codec(p).make(p)
-        return dict(zip(self.keys, made, strict=False))  # scales are in int8 only
-
-    @override
     @torch.no_grad()
     def measure(self, folds: list[Fold], sharding: Sharding) -> StepMetrics:
         """Measure a finished step; the only communication, where parameters are sharded."""
         params = [p for fold in folds for p in fold.params]
         rows: list[Tensor] = []
         for fold in folds:
-            for p, y, m in zip(fold.params, fold.buffers, fold.previous, strict=True):
+            for p, y, m in zip(fold.params, fold.buffers, fold.kept, strict=True):
                 [x_next, y] = local([p.detach(), y])
-                after = self.read(p)
+                after = self.read_direction(p)
                 before = torch.zeros_like(after) if m is None else m
                 moved = (x_next - y).to(after.dtype).add_(before, alpha=fold.step_size)
                 rows.append(row_of_step(before, after, moved))
-        step_size = max((fold.step_size for fold in folds), default=0.0)
         sums = torch.stack(rows) if rows else torch.zeros(0, 4)
-        return StepMetrics.from_sums(sharding.sum_over_shards(params, sums), step_size)
+        sums = sharding.sum_over_shards(params, sums)
+        return StepMetrics.from_sums(sums, largest_step_size(folds))
 
     def codec(self, p: Tensor) -> Codec:
         """Return the format of one parameter's direction."""
         return codec_for(p, self.direction_dtype)
 
     @override
-    def read(self, p: Tensor) -> Tensor:
+    def read_direction(self, p: Tensor) -> Tensor:
         """Return the part of a parameter's direction that this process holds, in float32."""
-        return self.codec(p).read(local(self.tensors_of([p])))
+        return self.codec(p).read(local(self.store.tensors([p])))
 
     @override
     @torch.no_grad()
@@ -128,8 +133,7 @@ class CompressedDirections(Method):
 
     @override
     def check_checkpoint(self, has: Callable[[str], bool]) -> None:
-        params = [p for group in self.base_optimizer.param_groups for p in group["params"]]
-        needs = any(isinstance(self.codec(p), Int8) for p in params)
+        needs = any(isinstance(self.codec(p), Int8) for p in self.store.all_params())
         if has(DIRECTION_KEY) and has(SCALES_KEY) is not needs:
             made = "another direction_dtype" if needs else "direction_dtype='int8'"
             raise ValueError(
@@ -143,36 +147,23 @@ class CompressedDirections(Method):
     ) -> None:
         for p, point in zip(params, points, strict=True):
             codec = self.codec(p)
-            for x, *stored in _blocks(codec, [point.detach(), *self.tensors_of([p])]):
+            for x, *stored in _blocks(codec, [point.detach(), *self.store.tensors([p])]):
                 x.add_(codec.read(stored), alpha=factor)
 
-    @torch.no_grad()
-    def _finish(self, params: list[Tensor], kept: list[Tensor], step_size: float) -> None:
-        decay = fold_decay(self.ema_decay, step_size)
-        places = self._places()
-        for p, y in zip(params, kept, strict=True):
-            codec = self.codec(p)
-            if not self.has(p) or p in self._new:
-                self.base_optimizer.state[p].update(self.make_state(p))
-            blocks = _blocks(codec, [p.detach(), y, *self.tensors_of([p])])
-            for block_idx, (x_next, y_block, *stored) in enumerate(blocks):
-                m = codec.read(stored).to(torch.promote_types(y.dtype, torch.float32)) * decay
-                m.add_(x_next.to(m.dtype) - y_block.to(m.dtype), alpha=1.0 - self.ema_decay)
-                codec.write_(stored, m, self._noise_like(m, places[p] + block_idx * _PRIME))
-
     def _places(self) -> dict[Tensor, int]:
-        params = (p for group in self.base_optimizer.param_groups for p in group["params"])
-        return {p: idx * _PRIME**2 for idx, p in enumerate(params)}
+        return {p: idx * _PRIME**2 for idx, p in enumerate(self.store.all_params())}
 
-    def _noise_like(self, m: Tensor, place: int) -> Tensor:
+    def _noise_like(self, m: Tensor, step_idx: int, place: int) -> Tensor:
         # One table for a step, read at a place of its own by each block: elements of different
         # blocks may share a number, which leaves the rounding of each unbiased.
         size = max(2 * _block_elements(m), 2 * m.numel())
-        if self._noise is None or self._noise.device != m.device or len(self._noise) < size:
-            generator = torch.Generator(m.device).manual_seed(self._step_idx)
-            self._noise = torch.rand(size, generator=generator, device=m.device)
-        start = place % (len(self._noise) - m.numel() + 1)
-        return self._noise[start : start + m.numel()].view(m.shape)
+        drawn_at, table = self._noise or (-1, m)
+        if drawn_at != step_idx or table.device != m.device or table.numel() < size:
+            generator = torch.Generator(m.device).manual_seed(step_idx)
+            table = torch.rand(size, generator=generator, device=m.device)
+            self._noise = step_idx, table
+        start = place % (table.numel() - m.numel() + 1)
+        return table[start : start + m.numel()].view(m.shape)
 
 
 def _block_elements(tensor: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from lightning_ema_nesterov.core.rule import Fold
 from lightning_ema_nesterov.core.sharding import Sharding, local
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY, EMADirections
 
-__all__ = ["OnePassDirections"]
+__all__ = ["JoinedDirections"]
 
 _MIN_ELEMENTS = 2**16
 """Elements below which the call of a compiled kernel costs more than several foreach operations."""
@@ -39,11 +39,11 @@ _compiled: Callable[[Tensor, Tensor, Tensor], None] = torch.compile(
 )
 
 
-class OnePassDirections(EMADirections):
+class JoinedDirections(EMADirections):
     r"""EMA directions whose passes over memory are joined.
 
     Extrapolating and beginning the update are one pass: from the forward pass to the base
-    optimizer's step the storage of a direction holds the fold, unless the state is made whole.
+    optimizer's step the storage of a direction holds the fold, unless the state is made readable.
     Where the owner of the training loop knows that nobody reads the state or changes a parameter
     between the base optimizer's step and the next forward pass, the end of the update joins too.
 
@@ -54,7 +54,7 @@ class OnePassDirections(EMADirections):
         base_optimizer: The optimizer whose state holds the directions.
         ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
         ends_late: Whether the end of an update waits for the next extrapolation, or for
-            :meth:`make_whole`. Parameters must not be changed in between.
+            :meth:`make_state_readable`. Parameters must not be changed in between.
     """
 
     def __init__(
@@ -62,7 +62,9 @@ class OnePassDirections(EMADirections):
     ) -> None:
         super().__init__(base_optimizer, ema_decay)
         self.ends_late = ends_late
-        self._late: dict[Tensor, Tensor] = {}  # parameters, and their folds to be finished
+        # Parameters whose direction's storage holds a fold: at y with a step size, or stepped.
+        self._begun: dict[Tensor, tuple[Tensor, float]] = {}
+        self._late: dict[Tensor, Tensor] = {}
         self._left_out: set[Tensor] = set()
         self._can_compile = True
 
@@ -75,62 +77,70 @@ class OnePassDirections(EMADirections):
         for is_fold in (True, False):
             chosen = [p for p in joined if (p in self._late) is is_fold]
             self._join(chosen, step_size, is_fold=is_fold)
-        for p in joined:
+        for p, fold in zip(joined, self.store.column(joined), strict=True):
             self._late.pop(p, None)
-            self.begun[p] = step_size
-        others = [p for p in params if p not in self.begun]
+            self._begun[p] = fold, step_size
+        others = [p for p in params if p not in self._begun]
         self._end(others)
         super().extrapolate(others, step_size)
 
     @override
     def retract(self, params: list[Tensor], step_size: float) -> None:
-        self._cancel([p for p in params if p in self.begun])
+        self._drop_replaced()
+        self._cancel([p for p in params if p in self._begun])
         super().retract(params, step_size)
 
     @override
-    def make_whole(self) -> None:
+    def make_state_readable(self) -> None:
+        self._drop_replaced()
         self._end(list(self._late))
-        self._cancel(list(self.begun))
+        self._cancel(list(self._begun))
+
+    @override
+    def put_aside(self, tensors: Iterable[Tensor]) -> Callable[[], None]:
+        begun = dict(self._begun)
+        put_back = super().put_aside([*tensors, *(fold for fold, _ in begun.values())])
+
+        def put_back_all() -> None:
+            put_back()
+            self._begun.update(begun)
+
+        return put_back_all
 
     @override
     def begin(self, params: list[Tensor], step_size: float, *, is_measured: bool) -> Fold:
         self._end(list(self._late))
-        begun = [p for p in params if p in self.begun]
-        fold = super().begin(
-            [p for p in params if p not in self.begun], step_size, is_measured=is_measured
-        )
-        buffers = self.of(begun)
-        previous: list[Tensor | None] = [None] * len(begun)
+        begun = [p for p in params if p in self._begun]
+        others = [p for p in params if p not in self._begun]
+        fold = super().begin(others, step_size, is_measured=is_measured)
+        buffers = self.store.column(begun)
+        kept: list[Tensor | None] = [None] * len(begun)
         if is_measured:
             copies = [b.clone() for b in buffers]
             self._cancel_folds(copies, begun, step_size)
-            previous = [*copies]
+            kept = [*copies]
         for p in begun:
-            del self.begun[p]
-        return Fold(
-            fold.params + begun, fold.buffers + buffers, step_size, [*fold.previous, *previous]
-        )
+            del self._begun[p]
+        return Fold(fold.params + begun, step_size, fold.buffers + buffers, [*fold.kept, *kept])
 
     @override
-    def finish(self, folds: list[Fold], *, step_idx: int) -> None:
-        for fold in folds:
-            self._left_out.difference_update(fold.params)
-            rows = list(zip(fold.params, fold.buffers, strict=True))
-            late = {p: b for p, b in rows if self.ends_late and self.has(p)}
-            self._late.update(late)
-            now = [(p, b) for p, b in rows if p not in late]
-            self._finish([p for p, _ in now], [b for _, b in now])
-        self.complete()
+    def finish(self, fold: Fold, *, step_idx: int) -> None:
+        self._left_out.difference_update(fold.params)
+        is_late = [self.ends_late and self.store.has(p) for p in fold.params]
+        rows = list(zip(fold.params, fold.buffers, is_late, strict=True))
+        self._late.update((p, b) for p, b, late in rows if late)
+        now = [(p, b) for p, b, late in rows if not late]
+        self._finish([p for p, _ in now], [b for _, b in now])
 
     @override
     def measure(self, folds: list[Fold], sharding: Sharding) -> StepMetrics:
-        """Make the directions whole, and measure a finished step."""
-        self.make_whole()
+        """Make the directions readable, and measure a finished step."""
+        self.make_state_readable()
         return super().measure(folds, sharding)
 
     @torch.no_grad()
     def _join(self, params: list[Tensor], step_size: float, *, is_fold: bool) -> None:
-        points, directions = local(p.detach() for p in params), local(self.of(params))
+        points, directions = local(p.detach() for p in params), local(self.store.column(params))
         small: list[tuple[Tensor, Tensor]] = []
         made: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         for y, m in zip(points, directions, strict=True):
@@ -158,10 +168,11 @@ class OnePassDirections(EMADirections):
 
     def _drop_replaced(self) -> None:
         # Whoever loads or clears the optimizer's state has ended its updates.
-        states = self.base_optimizer.state
-        for p, fold in list(self._late.items()):
-            if states.get(p, {}).get(DIRECTION_KEY) is not fold:
-                del self._late[p]
+        def is_there(p: Tensor, fold: Tensor) -> bool:
+            return self.base_optimizer.state.get(p, {}).get(DIRECTION_KEY) is fold
+
+        self._late = {p: fold for p, fold in self._late.items() if is_there(p, fold)}
+        self._begun = {p: pair for p, pair in self._begun.items() if is_there(p, pair[0])}
 
     def _end(self, params: list[Tensor]) -> None:
         self._drop_replaced()
@@ -170,7 +181,8 @@ class OnePassDirections(EMADirections):
 
     def _cancel(self, params: list[Tensor]) -> None:
         for p in params:
-            self._cancel_folds(self.of([p]), [p], self.begun.pop(p))
+            fold, step_size = self._begun.pop(p)
+            self._cancel_folds([fold], [p], step_size)
         self._left_out.update(params)
 
     def _cancel_folds(self, folds: list[Tensor], points: list[Tensor], step_size: float) -> None:

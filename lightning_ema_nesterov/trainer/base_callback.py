@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from contextlib import ExitStack
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ema_nesterov.core.lookahead import STEP_KEY, Lookahead
+from lightning_ema_nesterov.core.lookahead import Lookahead
+from lightning_ema_nesterov.core.rule import LookaheadRule
+from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 from lightning_ema_nesterov.trainer.checkpoints import (
     keys_of_distributed_checkpoint,
     replace_as_a_whole,
 )
 from lightning_ema_nesterov.trainer.questions import (
+    callbacks_of,
     check_trainer,
     is_watched_in_window,
     replace_method,
     steps_per_global_step,
+    tell_max_lr,
     window_continues,
 )
 
 __all__ = ["LookaheadCallback"]
 
 
-class LookaheadCallback(Callback):
+class LookaheadCallback(Callback, ABC):
     """Train with a lookahead method; what the method is, a subclass says.
 
     Parameters hold the lookahead point from just before ``training_step`` to the optimizer's step,
@@ -49,8 +54,20 @@ class LookaheadCallback(Callback):
         return tuple(self._lookaheads)
 
     @abstractmethod
-    def make_lookaheads(self, trainer: Trainer) -> list[Lookahead]:
-        """Return one for each optimizer of the Trainer, not attached yet."""
+    def make_rule(self, trainer: Trainer, optimizer: Optimizer) -> LookaheadRule:
+        """Return what is kept for the parameters of one optimizer, when fit starts.
+
+        Raises:
+            ValueError: If it cannot be kept.
+        """
+
+    @abstractmethod
+    def make_schedule(self, trainer: Trainer) -> LookaheadSchedule:
+        """Return the step sizes of the run, when training starts.
+
+        Raises:
+            ValueError: If they do not fit the run.
+        """
 
     def extrapolate(self, optimizer: Optimizer) -> None:
         """Move one optimizer's parameters to the lookahead point, in manual optimization.
@@ -76,35 +93,48 @@ class LookaheadCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Go first in the list, after the tuners: every other callback then sees the iterate."""
         tuners = [
-            c for c in trainer.callbacks if isinstance(c, (LearningRateFinder, BatchSizeFinder))
+            c for c in callbacks_of(trainer) if isinstance(c, (LearningRateFinder, BatchSizeFinder))
         ]
-        others = [c for c in trainer.callbacks if c is not self and c not in tuners]
-        trainer.callbacks[:] = [*tuners, self, *others]
+        others = [c for c in callbacks_of(trainer) if c is not self and c not in tuners]
+        callbacks_of(trainer)[:] = [*tuners, self, *others]
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the configuration, attach to the optimizers, and bracket the training step."""
         check_trainer(trainer, type(self).__name__)
-        names = [type(c).__name__ for c in trainer.callbacks if isinstance(c, LookaheadCallback)]
+        names = [
+            type(c).__name__ for c in callbacks_of(trainer) if isinstance(c, LookaheadCallback)
+        ]
         if len(names) > 1:
             raise MisconfigurationException(
                 f"One lookahead callback must be in the list, got {len(names)}: {', '.join(names)}."
             )
-        for lookahead in self.make_lookaheads(trainer):
+        tell_max_lr(trainer)
+        # Until training starts: how many steps there are takes the data loader, which the module
+        # may make in hooks that come after this one.
+        asleep = LookaheadSchedule(0.0)
+        for optimizer in trainer.optimizers:
+            with _as_misconfiguration():
+                rule = self.make_rule(trainer, optimizer)
+            lookahead = Lookahead(rule, asleep, module=trainer.strategy.model)
             self._detach.callback(lookahead.detach)
-            lookahead.keeps_shards = False  # loading forgets them, where a checkpoint lacks them
             self._lookaheads.append(lookahead.attach())
         self._detach.callback(self._lookaheads.clear)
         self._bracket_training_step(trainer)
         self._bracket_save_checkpoint(trainer)
         self._bracket_load_checkpoint(trainer)
+        # A sharded checkpoint that is written over another would mix the directions and weights of
+        # two steps where a process dies in between, and would load without an error.
         self._detach.callback(replace_as_a_whole(trainer.strategy))
         self._is_watched_in_window = is_watched_in_window(trainer, self)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue a checkpoint that was made without the callback at its step of the run."""
+        """Set the schedule; continue a checkpoint made without the callback at its step."""
+        with _as_misconfiguration():
+            schedule = self.make_schedule(trainer)
         for lookahead in self._lookaheads:
+            lookahead.schedule = schedule
             lookahead.attach()
             if trainer.global_step and lookahead.is_new:
                 lookahead.step_idx = trainer.global_step // steps_per_global_step(trainer)
@@ -198,16 +228,20 @@ class LookaheadCallback(Callback):
         self._detach.callback(undo)
 
 
+@contextmanager
+def _as_misconfiguration() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
 def _prepare_to_load(lookahead: Lookahead, names: list[str]) -> None:
     def has(key: str) -> bool:
         return any(name.endswith(key) for name in names)
 
-    if has(lookahead.method.keys[0]):
-        try:
-            lookahead.method.check_checkpoint(has)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
-    elif has(STEP_KEY):
-        lookahead.detach()  # it was made in the rest
+    if has(lookahead.rule.keys[0]):
+        with _as_misconfiguration():
+            lookahead.rule.check_checkpoint(has)
     else:
         lookahead.forget()

@@ -22,6 +22,7 @@ from lightning_ema_nesterov.core.schedule import set_max_lr
 from lightning_ema_nesterov.core.sharding import Sharding
 
 __all__ = [
+    "callbacks_of",
     "check_trainer",
     "estimate_total_steps",
     "is_watched_between_steps",
@@ -49,6 +50,12 @@ _MODULE_HOOKS_BETWEEN_STEPS = (
     "optimizer_step",
     "optimizer_zero_grad",
 )
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of a Trainer, the list itself."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set elsewhere
+    return callbacks
 
 
 def check_trainer(trainer: Trainer, name: str) -> None:
@@ -102,7 +109,7 @@ def tell_max_lr(trainer: Trainer) -> None:
 def estimate_total_steps(trainer: Trainer) -> int | None:
     """Return the steps of each base optimizer in the whole run; ``None`` if it has no known end."""
     estimate = trainer.estimated_stepping_batches
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler) and trainer.max_epochs != -1:
             estimate = sum(
                 -(-trainer.num_training_batches // callback.get_accumulate_grad_batches(epoch))
@@ -139,7 +146,7 @@ def is_watched_in_window(trainer: Trainer, own: Callback) -> bool:
     """
     if any(is_overridden(hook, trainer.lightning_module) for hook in _MODULE_HOOKS_IN_WINDOW):
         return True
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         is_lightning = type(callback).__module__.startswith("lightning.")
         is_foreign = not is_lightning or isinstance(callback, LambdaCallback)
         if callback is not own and is_foreign:
@@ -160,7 +167,7 @@ def is_watched_between_steps(trainer: Trainer, own: Callback) -> bool:
         own: The callback that does not count.
     """
     module = trainer.lightning_module
-    others = [callback for callback in trainer.callbacks if callback is not own]
+    others = [callback for callback in callbacks_of(trainer) if callback is not own]
     parts = [*others, trainer.strategy, trainer.precision_plugin]
     return (
         not module.automatic_optimization

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch.optim import lr_scheduler
 from lightning_ema_nesterov.core.schedule import (
     MAX_LR_KEY,
     LookaheadSchedule,
-    check_duration,
     follow_lr,
 )
 
@@ -52,31 +50,18 @@ def test_step_size_follows_the_learning_rate_only_when_asked() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"lookahead_step_size": 1.0}, r"lookahead_step_size must be in \[0, 1\), got 1.0"),
-        ({"lookahead_step_size": -0.1}, r"lookahead_step_size must be in \[0, 1\), got -0.1"),
-        ({"lookahead_step_size": math.nan}, r"lookahead_step_size must be in \[0, 1\), got nan"),
-        ({"warmup": -1}, "warmup must be at least 0 optimizer steps, got -1"),
-        ({"rest": -0.5}, r"rest must be in \[0, 1\] as a fraction of the run"),
-        ({"rest": 150.0}, "Give a number of optimizer steps as an int"),
-        ({"warmup": True}, "warmup must be a number of steps or a fraction, got True"),
         ({"warmup": 8, "rest": 3}, r"got 8 \+ 3 steps in a run of 10"),
         ({"warmup": 0.9, "rest": 0.2}, r"got 9 \+ 2 steps in a run of 10"),
-        ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
         ({"total_steps": None, "warmup": 0.1}, "warmup = 0.1 is a fraction of the run"),
         ({"total_steps": None, "rest": 0.1}, "rest = 0.1 is a fraction of the run"),
         ({"total_steps": None, "rest": 5}, "rest = 5 counts from the end of the run"),
     ],
 )
-def test_wrong_arguments_are_named(kwargs: dict[str, Any], message: str) -> None:
+def test_a_schedule_that_does_not_fit_the_run_is_refused(
+    kwargs: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         LookaheadSchedule(**{"lookahead_step_size": 0.5, "total_steps": 10, **kwargs})
-
-
-def test_durations_are_checked_by_name() -> None:
-    with pytest.raises(
-        ValueError, match="warmup must be a number of steps or a fraction, got '10%'"
-    ):
-        check_duration("warmup", "10%")  # type: ignore[arg-type]  # the wrong type is the test
 
 
 def lr_ratios(

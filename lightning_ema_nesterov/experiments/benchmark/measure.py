@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
 from typing_extensions import override
 
 from lightning_ema_nesterov.core.lookahead import Lookahead
+from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
-from lightning_ema_nesterov.rules.make import make_directions
+from lightning_ema_nesterov.rules.make import Settings
 
 __all__ = ["FORMS", "Cost", "measure_cost"]
 
@@ -170,7 +171,7 @@ def measure_cost(
     peak = _peak_bytes(actions["method"])
     params = lookahead.base_optimizer.param_groups[0]["params"]
     num_bytes = 4 * sum(p.numel() for p in params)
-    state = lookahead.method.tensors_of(params)
+    state = lookahead.rule.store.tensors(params)
     return Cost(
         form=form,
         num_elements=num_bytes // 4,
@@ -203,8 +204,8 @@ def _prepare(
     for p, iterate in zip(params, straightforward.iterates, strict=True):
         p.grad = iterate  # any numbers will do
     optimizer = _Pausable(params, lr=1e-6)
-    directions = make_directions(optimizer, EMA_DECAY, **FORMS[form])
-    lookahead = Lookahead(optimizer, LookaheadSchedule(STEP_SIZE), directions)
+    directions = _rule(optimizer, **FORMS[form])
+    lookahead = Lookahead(directions, LookaheadSchedule(STEP_SIZE))
 
     @torch.no_grad()
     def copy() -> None:
@@ -243,3 +244,7 @@ def _timed(device: str) -> Iterator[list[float]]:
     if is_cuda:
         torch.cuda.synchronize(device)
     elapsed.append(time.perf_counter() - start)
+
+
+def _rule(optimizer: Optimizer, *, ends_late: bool = False, **settings: Any) -> LookaheadRule:
+    return Settings(STEP_SIZE, EMA_DECAY, **settings).rule(optimizer, ends_late=ends_late)
