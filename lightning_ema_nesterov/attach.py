@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,6 +32,32 @@ class EMANesterovHandle:
     def at_iterate(self) -> AbstractContextManager[None]:
         """Hold the parameters at the iterate inside a ``with`` block, wherever training is."""
         return self._lookahead.at_iterate()
+
+    def at_average(self, share: float = 1.0) -> AbstractContextManager[None]:
+        """Hold the parameters at the average of the iterates inside a ``with`` block.
+
+        Afterwards they hold what they held before, bit for bit. A copy of what this process holds
+        of the parameters is kept meanwhile; nothing is communicated.
+
+        Args:
+            share: Share of the way from the iterate to the average, in [0, 1].
+
+        Raises:
+            ValueError: If ``share`` is out of its range.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> handle = attach_ema_nesterov(optimizer, model, ema_decay=0.5, warmup=0, rest=0)
+            >>> x_0 = model.weight.item()
+            >>> model(torch.ones(1, 1)).sum().backward()
+            >>> optimizer.step()
+            >>> with handle.at_average():  # half way between x_0 and x_1 = x_0 - 0.1
+            ...     print(round(x_0 - model.weight.item(), 6))
+            0.05
+        """
+        return self._lookahead.at_average(share)
 
     def extrapolate(self) -> None:
         """Move to the lookahead point now, as a training forward pass does by itself.
@@ -87,8 +113,10 @@ def attach_ema_nesterov(
     ema_decay: float = DEFAULTS.ema_decay,
     warmup: int | float = DEFAULTS.warmup,
     rest: int | float = DEFAULTS.rest,
-    total_steps: int | None = DEFAULTS.total_steps,
     scale_with_lr: bool = DEFAULTS.scale_with_lr,
+    evaluate_at: Literal["iterate", "average"] = "iterate",
+    average_share: float = DEFAULTS.average_share,
+    total_steps: int | None = DEFAULTS.total_steps,
     compile: bool = DEFAULTS.compile,
     ends_late: bool = False,
     direction_dtype: str = DEFAULTS.direction_dtype,
@@ -113,8 +141,12 @@ def attach_ema_nesterov(
         warmup: First steps without lookahead. ``int``: optimizer steps, at least 0. ``float``:
             fraction of ``total_steps``, in [0, 1].
         rest: Last steps without lookahead, given like ``warmup``; needs ``total_steps``.
-        total_steps: Optimizer steps of the run, at least 1.
         scale_with_lr: Whether :math:`\beta_t` follows the learning rate over its maximum.
+        evaluate_at: What a forward pass in evaluation mode or without gradients sees: the
+            ``"iterate"``, or the ``"average"`` of the iterates. ``state_dict()`` is the iterate's.
+        average_share: Share of the way from the iterate to the average, in [0, 1].
+        total_steps: Optimizer steps of the run, at least 1; needed where ``warmup`` or ``rest`` is
+            a fraction, and for any ``rest``.
         compile: Whether ``torch.compile`` joins passes over memory. From the forward pass to the
             optimizer's step ``optimizer.state`` then holds the fold of the direction;
             ``optimizer.state_dict()`` holds the direction, and so does the state in ``at_iterate``.
@@ -151,8 +183,10 @@ def attach_ema_nesterov(
         ema_decay,
         warmup=warmup,
         rest=rest,
-        total_steps=total_steps,
         scale_with_lr=scale_with_lr,
+        evaluate_at=evaluate_at,
+        average_share=average_share,
+        total_steps=total_steps,
         compile=compile,
         direction_dtype=direction_dtype,
     )
@@ -162,7 +196,8 @@ def attach_ema_nesterov(
     lookahead = Lookahead(rule, settings.schedule(total_steps), module=module)
     lookahead.sharding.check_can_save()
     lookahead.attach()
-    module_hooks = ModuleHooks(lookahead)
+    share = average_share if evaluate_at == "average" else None
+    module_hooks = ModuleHooks(lookahead, share)
     handle = EMANesterovHandle(lookahead, module_hooks)
     # Fabric calls a method like `training_step` on the module that it wraps, not on its wrapper,
     # and its wrapper asks the module that the user gave it for the state.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -54,6 +54,10 @@ class EMANesterov(LookaheadCallback):
             parameter group. The maximum is ``group["max_lr"]`` where there is one, ``max_lr`` of
             CyclicLR, else the larger of ``initial_lr`` and ``lr`` at the start; at least the
             largest learning rate seen.
+        evaluate_at: Where validation, test and prediction run: at the ``"iterate"``, or at the
+            ``"average"``, the exponential average of the iterates with decay :math:`\gamma`.
+            Checkpoints hold the iterate all the same.
+        average_share: Share of the way from the iterate to the average, in [0, 1].
         total_steps: Optimizer steps of the run, at least 1. ``None``: the Trainer's estimate.
             Give it in manual optimization when an optimizer does not step once per batch.
         compile: Whether ``torch.compile`` joins passes over memory into one. In ``training_step``
@@ -90,6 +94,8 @@ class EMANesterov(LookaheadCallback):
         warmup: int | float = DEFAULTS.warmup,
         rest: int | float = DEFAULTS.rest,
         scale_with_lr: bool = DEFAULTS.scale_with_lr,
+        evaluate_at: Literal["iterate", "average"] = "iterate",
+        average_share: float = DEFAULTS.average_share,
         total_steps: int | None = DEFAULTS.total_steps,
         compile: bool = DEFAULTS.compile,
         direction_dtype: str = DEFAULTS.direction_dtype,
@@ -101,6 +107,8 @@ class EMANesterov(LookaheadCallback):
             warmup=warmup,
             rest=rest,
             scale_with_lr=scale_with_lr,
+            evaluate_at=evaluate_at,
+            average_share=average_share,
             total_steps=total_steps,
             compile=compile,
             direction_dtype=direction_dtype,
@@ -131,6 +139,20 @@ class EMANesterov(LookaheadCallback):
                 scalars = lookahead.metrics.as_scalars(suffix)
                 self.log_dict(scalars)  # type: ignore[attr-defined]  # Lightning sets it
                 lookahead.metrics = None
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go to where the model is evaluated, until validation ends."""
+        super().on_validation_start(trainer, pl_module)
+        if self.settings.evaluate_at == "average":
+            for lookahead in self._lookaheads:
+                lookahead.enter_average(self.settings.average_share)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Return to the iterate, before any other callback saves or reads it."""
+        for lookahead in self._lookaheads:
+            lookahead.leave_average()
 
     @override
     def make_rule(self, trainer: Trainer, optimizer: Optimizer) -> LookaheadRule:

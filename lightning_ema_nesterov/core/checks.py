@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["check_duration", "check_unit_interval", "is_number"]
+__all__ = ["check_duration", "check_share", "check_unit_interval", "is_number"]
 
 
 def check_unit_interval(name: str, value: float) -> None:
     """Raise unless a number lies in [0, 1)."""
     if not is_number(value) or not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise unless a number lies in [0, 1]."""
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}.")
 
 
 def check_duration(name: str, value: int | float) -> None:

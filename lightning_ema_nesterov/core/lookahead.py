@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from weakref import WeakSet
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from lightning_ema_nesterov.core.checks import check_share
 from lightning_ema_nesterov.core.metrics import StepMetrics
-from lightning_ema_nesterov.core.rule import Fold, LookaheadRule
+from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import MAX_LR_KEY, LookaheadSchedule, follow_lr
 from lightning_ema_nesterov.core.sharding import Sharding
 from lightning_ema_nesterov.core.step_hooks import StepHooks
+from lightning_ema_nesterov.core.window import AtAverage, Window
 
-__all__ = ["STEP_KEY", "Lookahead", "Window"]
+__all__ = ["STEP_KEY", "Lookahead"]
 
 STEP_KEY = "ema_nesterov_step"
 """Key of the number of steps taken, in the base optimizer's first parameter group."""
@@ -29,36 +29,15 @@ _NO_STEP = -1
 _attached: WeakSet[Optimizer] = WeakSet()
 
 
-@dataclass
-class Window:
-    """What is open from the move to the lookahead point to the end of the optimizer's step.
-
-    Attributes:
-        step_sizes: Parameters at the lookahead point, and their step sizes.
-        is_stepping: Whether the base optimizer has begun to change parameters.
-        folds: What the base optimizer is stepping.
-        is_dry_run: Whether the step only makes the base optimizer create its state.
-        put_back: While parameters hold the iterate for someone who looks: what ends that.
-    """
-
-    step_sizes: dict[Tensor, float] = field(default_factory=dict)
-    is_stepping: bool = False
-    folds: list[Fold] = field(default_factory=list)
-    is_dry_run: bool = False
-    put_back: Callable[[], None] | None = None
-
-
 class Lookahead:
     r"""A lookahead rule at work on its base optimizer, which stays the object that the user made.
 
     The owner calls :meth:`extrapolate` before each training forward pass. Hooks on the base
-    optimizer do the rest: the update begins before it changes a parameter, and ends after it.
-    From the extrapolation to the end of the step a :class:`Window` is open. Without one, parameters
-    hold the iterate.
+    optimizer do what follows: the update begins before it changes a parameter, and ends after it.
+    Up to there a :class:`Window` is open. Without one, parameters hold the iterate.
 
-    A parameter without a gradient takes no step: it returns to its iterate and keeps its direction,
-    as the base optimizer leaves it and its state alone. A parameter with ``requires_grad=False`` is
-    not touched.
+    A parameter without a gradient takes no step: it returns to its iterate and keeps its direction.
+    A parameter with ``requires_grad=False`` is not touched.
 
     Args:
         rule: What is kept for each parameter of its base optimizer, and how a step updates it. The
@@ -97,6 +76,7 @@ class Lookahead:
         self.metrics: StepMetrics | None = None
         self.was_extrapolated = False
         self._window: Window | None = None
+        self._average: AtAverage | None = None
         self._hooks = StepHooks(
             rule.base_optimizer, self._begin_step, self._end_step, lambda: self._is_stepping
         )
@@ -166,31 +146,31 @@ class Lookahead:
     def extrapolate(self) -> None:
         """Move the parameters to the lookahead point, unless they are there.
 
-        The step size is computed here, once for the window up to the base optimizer's step.
+        Raises:
+            RuntimeError: If the parameters hold the average.
         """
+        if self._average is not None:
+            raise RuntimeError(
+                "A training forward pass must not run while the parameters hold the average: leave "
+                "at_average() first."
+            )
         self.resume()
         if self._is_stepping and not self._hooks.is_in_closure:
             self.retract()  # the last step of the base optimizer raised, and training continues
         if self._window is not None:
             return
-        self._window = Window()
+        self._window = Window(self.rule, self.sharding, step_idx=self.step_idx)
         for group in self.base_optimizer.param_groups:
-            step_size = self.schedule.step_size(self.step_idx, follow_lr(group))
             params = [p for p in group["params"] if p.requires_grad and self.rule.store.has(p)]
-            if step_size and params:
-                self.sharding.reshard()
-                self.rule.extrapolate(params, step_size)  # params hold y
-                self._window.step_sizes.update(dict.fromkeys(params, step_size))
+            step_size = self.schedule.step_size(self.step_idx, follow_lr(group))
+            self._window.extrapolate(params, step_size)
 
     def retract(self) -> None:
-        """Return the parameters to the iterate for good: no step follows from where they are.
-
-        After an exception inside the base optimizer's step, parameters that it changed count as
-        stepped, the others go back.
-        """
+        """Return the parameters to the iterate for good: no step follows from where they are."""
+        self.leave_average()
         self.rule.make_state_readable()
-        if self._window is not None and self._window.put_back is None:
-            self._move_to_iterate(self._window)
+        if self._window is not None:
+            self._window.to_iterate()
         self._hooks.reset()
         self._window = None
 
@@ -202,56 +182,74 @@ class Lookahead:
             self.step_idx += 1
 
     def pause(self) -> None:
-        """Return the parameters to the iterate until :meth:`extrapolate` or :meth:`resume`.
-
-        A copy of the changed tensors is put aside, so that training continues from the same bits.
-        """
-        window = self._window
-        if window is None:
+        """Return the parameters to the iterate until :meth:`extrapolate` or :meth:`resume`."""
+        if self._window is None:
             self.rule.make_state_readable()
-        elif window.put_back is None:
-            self.sharding.reshard()
-            window.put_back = self._put_aside(window)
-            self._move_to_iterate(window)
+        else:
+            self._window.pause()
 
     @property
     def is_open(self) -> bool:
         """Whether a window is open, and nobody looks at the iterate in it."""
-        return self._window is not None and self._window.put_back is None
+        return self._window is not None and not self._window.is_paused
+
+    @property
+    def is_at_average(self) -> bool:
+        """Whether the parameters hold the average."""
+        return self._average is not None
 
     def resume(self) -> None:
         """Put back, bit for bit, what :meth:`pause` put aside."""
-        if self._window is not None and self._window.put_back is not None:
-            self.sharding.reshard()
-            self._window.put_back()
-            self._window.put_back = None
+        self.leave_average()
+        if self._window is not None:
+            self._window.resume()
 
     @contextmanager
     def at_iterate(self) -> Iterator[None]:
         """Hold the parameters at the iterate, and the state readable, inside a ``with`` block."""
-        was_open = self.is_open
+        was_open, average = self.is_open, self._average
+        self.leave_average()
         self.pause()
         try:
             yield
         finally:
             if was_open:
                 self.resume()
+            if average is not None:
+                self.enter_average(average.share)
 
-    def _put_aside(self, window: Window) -> Callable[[], None]:
-        store = self.rule.store
-        stepped = [p for fold in window.folds for p in fold.params]
-        buffers = [buffer for fold in window.folds for buffer in fold.buffers]
-        new = [p for p in stepped if not store.has(p)]
-        put_back_tensors = self.rule.put_aside(
-            [*window.step_sizes, *stepped, *buffers, *store.tensors(stepped)]
-        )
+    @contextmanager
+    def at_average(self, share: float = 1.0) -> Iterator[None]:
+        """Hold the parameters at the average inside a ``with`` block, then what they held before."""
+        was_open = self.is_open
+        self.enter_average(share)
+        try:
+            yield
+        finally:
+            self.leave_average()
+            if was_open:
+                self.resume()
 
-        def put_back() -> None:
-            put_back_tensors()
-            for p in new:
-                store.drop(p)
+    def enter_average(self, share: float = 1.0) -> None:
+        """Move the parameters to the average of the iterates until :meth:`leave_average`.
 
-        return put_back
+        Args:
+            share: Share of the way from the iterate to the average, in [0, 1].
+
+        Raises:
+            TypeError: If the rule holds no average.
+            ValueError: If ``share`` is out of its range.
+        """
+        check_share("share", share)
+        self.leave_average()
+        self.pause()
+        self._average = AtAverage(self.rule, self.sharding, share)
+
+    def leave_average(self) -> None:
+        """Return from the average to the iterate, bit for bit; nothing where they are not there."""
+        if self._average is not None:
+            self._average.leave()
+            self._average = None
 
     @property
     def _is_stepping(self) -> bool:
@@ -263,18 +261,14 @@ class Lookahead:
             self.retract()  # the last step raised, and this one follows without a forward pass
         self.was_extrapolated = self._window is not None
         is_dry_run = self._window is None and self._is_dry_run()
-        window = self._window = self._window or Window(is_dry_run=is_dry_run)
-        window.is_stepping = True
-        if is_dry_run:
-            return
-        if self._scaler_skips_step():
-            self._retract_all(window.step_sizes)
-            return
+        window = self._window = self._window or Window(
+            self.rule, self.sharding, step_idx=self.step_idx, is_dry_run=is_dry_run
+        )
         params = self.rule.store.all_params()
-        self._retract_all(p for p in params if p.grad is None)
-        for step_size, bucket in self._by_step_size(p for p in params if p.grad is not None):
-            fold = self.rule.begin(bucket, step_size, is_measured=self.will_measure)
-            window.folds.append(fold)
+        if is_dry_run or self._scaler_skips_step():
+            window.retract()
+            params = []
+        window.begin(params, is_measured=self.will_measure)
 
     def _is_dry_run(self) -> bool:
         # torch.distributed.checkpoint has a base optimizer without any state create it, by a step
@@ -290,7 +284,9 @@ class Lookahead:
         return found_inf is not None and bool(found_inf.item() > 0)
 
     def _end_step(self) -> None:
-        window = self._window or Window()
+        window = self._window
+        if window is None:
+            return
         if window.is_dry_run:
             self.rule.store.fill_stepped(self.rule.make_state)
         else:
@@ -303,26 +299,3 @@ class Lookahead:
             self.step_idx += 1
         self.rule.store.fill_missing(self.rule.make_state)
         self._window = None
-
-    def _move_to_iterate(self, window: Window) -> None:
-        self.sharding.reshard()
-        if not window.is_stepping:
-            self._retract_all(window.step_sizes)
-        for fold in window.folds:
-            stepped, waiting = fold.split()
-            self.rule.finish(stepped, step_idx=self.step_idx)
-            self.rule.cancel(waiting)
-            self._retract_all(waiting.params)
-        self.rule.make_state_readable()
-
-    def _retract_all(self, params: Iterable[Tensor]) -> None:
-        for step_size, bucket in self._by_step_size(params):
-            if step_size:
-                self.rule.retract(bucket, step_size)
-
-    def _by_step_size(self, params: Iterable[Tensor]) -> list[tuple[float, list[Tensor]]]:
-        step_sizes = self._window.step_sizes if self._window else {}
-        buckets: dict[float, list[Tensor]] = defaultdict(list)
-        for p in params:
-            buckets[step_sizes.get(p, 0.0)].append(p)
-        return list(buckets.items())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -28,16 +29,19 @@ class ModuleHooks:
 
     Args:
         lookahead: What moves the parameters.
+        average_share: Where a forward pass that does not train is evaluated: the share of the way
+            from the iterate to the average; ``None``: at the iterate.
 
     Attributes:
         is_held: Whether the owner moved to the lookahead point: a forward pass in evaluation mode
             is then one of training.
     """
 
-    def __init__(self, lookahead: Lookahead) -> None:
+    def __init__(self, lookahead: Lookahead, average_share: float | None = None) -> None:
         self.is_held = False
         self._lookahead = lookahead
-        self._forwards: list[bool] = []  # of the running forward passes: whether each one looks
+        self._average_share = average_share
+        self._looks: list[ExitStack | None] = []  # one for each forward pass that is running
         self._states: list[bool] = []  # of the running calls of state_dict: likewise
 
     def register(
@@ -70,18 +74,25 @@ class ModuleHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        is_training = torch.is_grad_enabled() and (module.training or self.is_held)
-        looks = not is_training and self._lookahead.is_open
-        self._forwards.append(looks)
-        if is_training:
+        if torch.is_grad_enabled() and (module.training or self.is_held):
+            self._looks.append(None)
             self._lookahead.extrapolate()
         else:
-            self._lookahead.pause()
+            self._looks.append(self._look())
+
+    def _look(self) -> ExitStack | None:
+        lookahead, share = self._lookahead, self._average_share
+        if lookahead.is_at_average or (share is None and not lookahead.is_open):
+            return None  # the parameters are where they should be
+        look = ExitStack()
+        look.enter_context(lookahead.at_iterate() if share is None else lookahead.at_average(share))
+        return look
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._forwards and self._forwards.pop():
-            self._lookahead.resume()
+        look = self._looks.pop() if self._looks else None
+        if look is not None:
+            look.close()
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
                     leaf.register_hook(_refuse)  # type: ignore[no-untyped-call]  # of torch
@@ -139,10 +150,10 @@ def _do_nothing(*args: Any) -> None:
 
 def _refuse(gradient: Tensor) -> Tensor:
     raise RuntimeError(
-        "A backward pass must not go through a forward pass in evaluation mode that came between "
-        "a training forward pass and the optimizer's step: it was evaluated at the iterate, which "
-        "the parameters hold no longer. Use train(), or call extrapolate() of the handle before "
-        "the first forward pass to train in evaluation mode."
+        "A backward pass must not go through a forward pass in evaluation mode that was evaluated "
+        "elsewhere than where the parameters are now: between a training forward pass and the "
+        "optimizer's step at the iterate, or at the average. Use train(), or call extrapolate() of "
+        "the handle before the first forward pass to train in evaluation mode."
     )
 
 

@@ -89,6 +89,16 @@ class LookaheadRule(ABC):
         """The optimizer whose state holds the tensors."""
         return self.store.base_optimizer
 
+    @property
+    def average_distance(self) -> float | None:
+        r"""How far behind the iterate, along its direction, the average of the iterates is.
+
+        .. math:: a_t = x_t - \text{distance} \cdot m_t
+
+        ``None`` for a rule whose direction does not hold the average.
+        """
+        return None
+
     @abstractmethod
     def make_state(self, p: Tensor) -> dict[str, Tensor]:
         """Return the tensors of a parameter that has not moved yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,8 +32,10 @@ def ema_nesterov(
     ema_decay: float = DEFAULTS.ema_decay,
     warmup: int | float = DEFAULTS.warmup,
     rest: int | float = DEFAULTS.rest,
-    total_steps: int | None = DEFAULTS.total_steps,
     scale_with_lr: bool = DEFAULTS.scale_with_lr,
+    evaluate_at: Literal["iterate", "average"] = "iterate",
+    average_share: float = DEFAULTS.average_share,
+    total_steps: int | None = DEFAULTS.total_steps,
     compile: bool = DEFAULTS.compile,
     direction_dtype: str = DEFAULTS.direction_dtype,
     fused: bool = False,
@@ -58,9 +60,12 @@ def ema_nesterov(
         warmup: First steps without lookahead. ``int``: optimizer steps, at least 0. ``float``:
             fraction of the run, in [0, 1].
         rest: Last steps without lookahead, given like ``warmup``.
+        scale_with_lr: Whether :math:`\beta_t` follows the learning rate over its maximum.
+        evaluate_at: Where LitGPT's validation runs: at the ``"iterate"`` or at the ``"average"`` of
+            the iterates. Checkpoints hold the iterate all the same.
+        average_share: Share of the way from the iterate to the average, in [0, 1].
         total_steps: Optimizer steps of the run. Under ``litgpt pretrain`` they follow from
             ``train.max_tokens``, which a number here must not contradict.
-        scale_with_lr: Whether :math:`\beta_t` follows the learning rate over its maximum.
         compile: Whether ``torch.compile`` joins passes over memory, in LitGPT's loop into one.
         direction_dtype: How directions are stored: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
         fused: Passed to the base optimizer; LitGPT sets it on CUDA.
@@ -88,8 +93,10 @@ def ema_nesterov(
             ema_decay=ema_decay,
             warmup=warmup,
             rest=rest,
-            total_steps=total_steps,
             scale_with_lr=scale_with_lr,
+            evaluate_at=evaluate_at,
+            average_share=average_share,
+            total_steps=total_steps,
             compile=compile,
             ends_late=run is not None,  # LitGPT's loop reads nothing between two steps
             direction_dtype=direction_dtype,

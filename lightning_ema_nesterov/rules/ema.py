@@ -51,6 +51,12 @@ class EMADirections(LookaheadRule):
         super().__init__(base_optimizer)
         self.ema_decay = ema_decay
 
+    @property
+    @override
+    def average_distance(self) -> float:
+        # With d = x - a, both sides of a = x - gamma / (1 - gamma) m obey d' = gamma (d + x' - x).
+        return self.ema_decay / (1.0 - self.ema_decay)
+
     @override
     def make_state(self, p: Tensor) -> dict[str, Tensor]:
         return {DIRECTION_KEY: torch.zeros_like(p, dtype=wide_dtype(p))}

@@ -50,6 +50,12 @@ class CompressedDirections(LookaheadRule):
         self.direction_dtype = direction_dtype
         self._noise: tuple[int, Tensor] | None = None  # of one step
 
+    @property
+    @override
+    def average_distance(self) -> float:
+        # With d = x - a, both sides of a = x - gamma / (1 - gamma) m obey d' = gamma (d + x' - x).
+        return self.ema_decay / (1.0 - self.ema_decay)
+
     @override
     def make_state(self, p: Tensor) -> dict[str, Tensor]:
         made = self.codec(p).make(p)

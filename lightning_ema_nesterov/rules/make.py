@@ -8,7 +8,12 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from lightning_ema_nesterov.core.checks import check_duration, check_unit_interval, is_number
+from lightning_ema_nesterov.core.checks import (
+    check_duration,
+    check_share,
+    check_unit_interval,
+    is_number,
+)
 from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 from lightning_ema_nesterov.rules.codecs import DIRECTION_DTYPES
@@ -30,6 +35,8 @@ class Settings:
             fraction of the run's optimizer steps, in [0, 1].
         rest: Last steps without lookahead, given like ``warmup``.
         scale_with_lr: Whether :math:`\beta_t` follows the learning rate over its maximum.
+        evaluate_at: Where the model is evaluated: at the ``"iterate"`` or at the ``"average"``.
+        average_share: Share of the way from the iterate to the average, in [0, 1].
         total_steps: Optimizer steps of the run, at least 1. ``None``: whoever trains knows them.
         compile: Whether ``torch.compile`` joins passes over memory into one.
         direction_dtype: How directions are stored: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
@@ -45,6 +52,8 @@ class Settings:
     warmup: int | float = 0.3
     rest: int | float = 0.15
     scale_with_lr: bool = True
+    evaluate_at: str = "iterate"
+    average_share: float = 1.0
     total_steps: int | None = None
     compile: bool = False
     direction_dtype: str = "float32"
@@ -63,6 +72,11 @@ class Settings:
                 "warmup + rest must be at most 1 as fractions of the run, got "
                 f"{self.warmup} + {self.rest}."
             )
+        if self.evaluate_at not in ("iterate", "average"):
+            raise ValueError(
+                f"evaluate_at must be 'iterate' or 'average', got {self.evaluate_at!r}."
+            )
+        check_share("average_share", self.average_share)
         self._check_types()
         if self.direction_dtype not in DIRECTION_DTYPES:
             names = ", ".join(repr(name) for name in DIRECTION_DTYPES)
