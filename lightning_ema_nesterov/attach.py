@@ -71,8 +71,8 @@ class EMANesterovHandle:
 
     def start_at(self, step_idx: int) -> None:
         """Set how many steps the run took before, unless a checkpoint that was loaded tells."""
-        if self._lookahead.is_new:
-            self._lookahead.step_idx = step_idx
+        if self._lookahead.progress.is_new:
+            self._lookahead.progress.step_idx = step_idx
 
     def measure_next_step(self) -> None:
         """Have the next optimizer step measured, for :attr:`metrics`."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -17,6 +17,7 @@ from lightning_ema_nesterov.rules.make import DEFAULTS, Settings
 from lightning_ema_nesterov.trainer.base_callback import LookaheadCallback
 from lightning_ema_nesterov.trainer.questions import (
     estimate_total_steps,
+    is_trial,
     is_watched_between_steps,
 )
 
@@ -137,7 +138,8 @@ class EMANesterov(LookaheadCallback):
         for lookahead, suffix in zip(self._lookaheads, tag_suffixes(names), strict=True):
             if lookahead.metrics is not None:
                 scalars = lookahead.metrics.as_scalars(suffix)
-                self.log_dict(scalars)  # type: ignore[attr-defined]  # Lightning sets it
+                # With a batch size Lightning does not look for one in the batch, which can be None.
+                self.log_dict(scalars, batch_size=1)  # type: ignore[attr-defined]  # it sets it
                 lookahead.metrics = None
 
     @override
@@ -161,14 +163,39 @@ class EMANesterov(LookaheadCallback):
 
     @override
     def make_schedule(self, trainer: Trainer) -> LookaheadSchedule:
-        # A trial of the code on one batch: no schedule fits.
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set elsewhere
-            return replace(self.settings, warmup=0, rest=0).schedule(None)
         total_steps = self.settings.total_steps or estimate_total_steps(trainer)
-        schedule = self.settings.schedule(total_steps)
-        if not schedule.is_ever_active:
+        try:
+            schedule = self.settings.schedule(total_steps)
+        except ValueError:
+            if not is_trial(trainer):
+                raise
+            return replace(self.settings, warmup=0, rest=0).schedule(None)
+        is_average = self.settings.evaluate_at == "average"
+        if schedule.is_ever_active:
+            rank_zero_info(f"EMANesterov looks ahead in {_describe(schedule)}.")
+        elif self.settings.lookahead_step_size or not is_average:
             rank_zero_warn(
                 "EMANesterov never looks ahead in this run, so training equals the base optimizer "
                 f"alone: {self!r} in {total_steps} steps."
             )
         return schedule
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Return to the iterate for good; warn of a run that ended before it looked ahead."""
+        super().on_train_end(trainer, pl_module)
+        for lookahead in self._lookaheads[:1]:
+            schedule, num_steps = lookahead.schedule, lookahead.step_idx
+            if schedule.is_ever_active and num_steps <= schedule.warmup_steps:
+                rank_zero_warn(
+                    f"EMANesterov did not look ahead: the run ended after {num_steps} optimizer "
+                    f"steps, and its warmup has {schedule.warmup_steps}. Where a run can stop "
+                    "early, give warmup and rest in optimizer steps (ints), or total_steps."
+                )
+
+
+def _describe(schedule: LookaheadSchedule) -> str:
+    if schedule.total_steps is None:
+        return f"all optimizer steps from {schedule.warmup_steps:,} on"
+    last = schedule.total_steps - schedule.rest_steps - 1
+    return f"optimizer steps {schedule.warmup_steps:,} to {last:,} of {schedule.total_steps:,}"

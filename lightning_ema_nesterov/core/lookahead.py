@@ -8,23 +8,20 @@ from weakref import WeakSet
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_ema_nesterov.core.checks import check_share
 from lightning_ema_nesterov.core.metrics import StepMetrics
+from lightning_ema_nesterov.core.progress import Progress
 from lightning_ema_nesterov.core.rule import LookaheadRule
-from lightning_ema_nesterov.core.schedule import MAX_LR_KEY, LookaheadSchedule, follow_lr
+from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 from lightning_ema_nesterov.core.sharding import Sharding
 from lightning_ema_nesterov.core.step_hooks import StepHooks
 from lightning_ema_nesterov.core.window import AtAverage, Window
 
-__all__ = ["STEP_KEY", "Lookahead"]
-
-STEP_KEY = "ema_nesterov_step"
-"""Key of the number of steps taken, in the base optimizer's first parameter group."""
-
-_NO_STEP = -1
+__all__ = ["Lookahead"]
 
 _attached: WeakSet[Optimizer] = WeakSet()
 
@@ -46,6 +43,7 @@ class Lookahead:
         module: The outermost module; needed where FSDP shards it.
 
     Attributes:
+        progress: Steps taken, and what the step size is relative to; saved with the optimizer.
         will_measure: Whether the next step is measured; reset by it.
         metrics: The step that was measured last.
         was_extrapolated: Whether :meth:`extrapolate` was called before the step that was last.
@@ -71,6 +69,7 @@ class Lookahead:
     ) -> None:
         self.rule = rule
         self.schedule = schedule
+        self.progress = Progress(rule.base_optimizer)
         self.sharding = Sharding(module, rule.base_optimizer)
         self.will_measure = False
         self.metrics: StepMetrics | None = None
@@ -89,20 +88,11 @@ class Lookahead:
 
     @property
     def step_idx(self) -> int:
-        """Steps taken so far, kept in the first parameter group: it is saved with the optimizer."""
-        return max(0, int(self.base_optimizer.param_groups[0].get(STEP_KEY, _NO_STEP)))
-
-    @step_idx.setter
-    def step_idx(self, value: int) -> None:
-        self.base_optimizer.param_groups[0][STEP_KEY] = value
-
-    @property
-    def is_new(self) -> bool:
-        """Whether no step was taken, or loaded, with the method."""
-        return int(self.base_optimizer.param_groups[0].get(STEP_KEY, _NO_STEP)) == _NO_STEP
+        """Steps taken so far."""
+        return self.progress.step_idx
 
     def attach(self) -> Self:
-        """Register the hooks on the base optimizer and fix each group's learning-rate reference.
+        """Register the hooks on the base optimizer and take up where a checkpoint left.
 
         Raises:
             RuntimeError: If a lookahead method is attached to the optimizer already.
@@ -118,30 +108,27 @@ class Lookahead:
         _attached.add(optimizer)
         self._handles = [
             *self._hooks.register(),
+            *self.progress.register(),
             *self.rule.store.restore_on_load(self.rule.restore),
             optimizer.register_state_dict_pre_hook(lambda _: self.rule.make_state_readable()),
             # Whatever is loaded, parameters that nobody loads stay at the iterate.
             optimizer.register_load_state_dict_pre_hook(lambda *_: self.retract()),
         ]
-        optimizer.param_groups[0].setdefault(STEP_KEY, _NO_STEP)  # a place to load it to
-        for group in optimizer.param_groups:
-            follow_lr(group)
         return self
 
-    def detach(self) -> None:
-        """Return the parameters to the iterate and remove the hooks. The state stays."""
+    def detach(self, *, leaves_progress: bool = True) -> None:
+        """Return the parameters to the iterate and remove the hooks. The state stays.
+
+        Args:
+            leaves_progress: Whether the parameter groups get what a later checkpoint needs.
+        """
         self.retract()
         if self._handles:
             _attached.discard(self.base_optimizer)
+            if leaves_progress:
+                self.progress.leave()
         while self._handles:
             self._handles.pop().remove()
-
-    def forget(self) -> None:
-        """Detach, and remove from the parameter groups what :meth:`attach` put there."""
-        self.detach()
-        for group in self.base_optimizer.param_groups:
-            group.pop(STEP_KEY, None)
-            group.pop(MAX_LR_KEY, None)
 
     def extrapolate(self) -> None:
         """Move the parameters to the lookahead point, unless they are there.
@@ -160,10 +147,11 @@ class Lookahead:
         if self._window is not None:
             return
         self._window = Window(self.rule, self.sharding, step_idx=self.step_idx)
-        for group in self.base_optimizer.param_groups:
-            params = [p for p in group["params"] if p.requires_grad and self.rule.store.has(p)]
-            step_size = self.schedule.step_size(self.step_idx, follow_lr(group))
-            self._window.extrapolate(params, step_size)
+        with record_function("ema_nesterov/extrapolate"):
+            for idx, group in enumerate(self.base_optimizer.param_groups):
+                params = [p for p in group["params"] if p.requires_grad and self.rule.store.has(p)]
+                step_size = self.schedule.step_size(self.step_idx, self.progress.lr_ratio(idx))
+                self._window.extrapolate(params, step_size)
 
     def retract(self) -> None:
         """Return the parameters to the iterate for good: no step follows from where they are."""
@@ -179,7 +167,7 @@ class Lookahead:
         if self._window is not None:
             self.retract()
             self.rule.after_step(self.step_idx)
-            self.step_idx += 1
+            self.progress.step_idx += 1
 
     def pause(self) -> None:
         """Return the parameters to the iterate until :meth:`extrapolate` or :meth:`resume`."""
@@ -220,7 +208,7 @@ class Lookahead:
 
     @contextmanager
     def at_average(self, share: float = 1.0) -> Iterator[None]:
-        """Hold the parameters at the average inside a ``with`` block, then what they held before."""
+        """Hold the parameters at the average inside a ``with`` block, then as they were before."""
         was_open = self.is_open
         self.enter_average(share)
         try:
@@ -268,7 +256,8 @@ class Lookahead:
         if is_dry_run or self._scaler_skips_step():
             window.retract()
             params = []
-        window.begin(params, is_measured=self.will_measure)
+        with record_function("ema_nesterov/begin"):
+            window.begin(params, is_measured=self.will_measure)
 
     def _is_dry_run(self) -> bool:
         # torch.distributed.checkpoint has a base optimizer without any state create it, by a step
@@ -290,12 +279,13 @@ class Lookahead:
         if window.is_dry_run:
             self.rule.store.fill_stepped(self.rule.make_state)
         else:
-            for fold in window.folds:
-                self.rule.finish(fold, step_idx=self.step_idx)
-            self.rule.after_step(self.step_idx)
+            with record_function("ema_nesterov/finish"):
+                for fold in window.folds:
+                    self.rule.finish(fold, step_idx=self.step_idx)
+                self.rule.after_step(self.step_idx)
             if self.will_measure:
                 self.metrics = self.rule.measure(window.folds, self.sharding)
                 self.will_measure = False
-            self.step_idx += 1
+            self.progress.step_idx += 1
         self.rule.store.fill_missing(self.rule.make_state)
         self._window = None

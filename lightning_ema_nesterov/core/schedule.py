@@ -2,16 +2,9 @@ r"""The current step size :math:`\beta_t` over time: warmup, rest and learning-r
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any
 
-__all__ = ["MAX_LR_KEY", "LookaheadSchedule", "follow_lr", "set_max_lr"]
-
-ParamGroup = MutableMapping[str, Any]
-
-MAX_LR_KEY = "ema_nesterov_max_lr"
-"""Key of the learning-rate reference in a parameter group. It is saved with the optimizer."""
+__all__ = ["LookaheadSchedule"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +106,7 @@ class LookaheadSchedule:
 
         Args:
             step_idx: Optimizer steps taken before this one, at least 0.
-            lr_ratio: Learning rate over its maximum, in [0, 1], as :func:`follow_lr` gives it.
+            lr_ratio: Learning rate over its maximum, in [0, 1].
 
         Returns:
             A number from 0 to ``lookahead_step_size``.
@@ -121,40 +114,3 @@ class LookaheadSchedule:
         if not self.is_active(step_idx):
             return 0.0
         return self.lookahead_step_size * (lr_ratio if self.scale_with_lr else 1.0)
-
-
-def follow_lr(group: ParamGroup) -> float:
-    r"""Return the learning rate of a parameter group over its maximum, and remember the maximum.
-
-    The maximum starts as ``group["max_lr"]`` where there is one (OneCycleLR sets it, and users
-    may), else as the larger of ``initial_lr`` (schedulers set it) and ``lr``. From then on it is
-    the running maximum, kept in the group under :data:`MAX_LR_KEY`: it is saved with the optimizer.
-
-    Args:
-        group: A parameter group; its ``lr`` is a number or a tensor of one element. The key
-            :data:`MAX_LR_KEY` is written in place.
-
-    Returns:
-        The ratio, in [0, 1]; 0 while no learning rate was above 0, 1 in a group without ``lr``.
-
-    Example:
-        >>> group = {"lr": 0.1, "initial_lr": 0.4}
-        >>> follow_lr(group)
-        0.25
-    """
-    if "lr" not in group:
-        return 1.0
-    lr = float(group["lr"])
-    start = group.get(MAX_LR_KEY, group.get("max_lr", group.get("initial_lr", lr)))
-    set_max_lr(group, max(float(start), lr))
-    return lr / group[MAX_LR_KEY] if group[MAX_LR_KEY] > 0 else 0.0
-
-
-def set_max_lr(group: ParamGroup, max_lr: float) -> None:
-    """Set the learning-rate reference of a parameter group, for schedulers that do not tell it.
-
-    Args:
-        group: A parameter group, changed in place.
-        max_lr: Largest learning rate of the run, at least 0.
-    """
-    group[MAX_LR_KEY] = float(max_lr)

@@ -25,9 +25,9 @@ from lightning_ema_nesterov.trainer.questions import (
     callbacks_of,
     check_trainer,
     is_watched_in_window,
+    max_lrs_of_schedulers,
     replace_method,
     steps_per_global_step,
-    tell_max_lr,
     window_continues,
 )
 
@@ -109,7 +109,6 @@ class LookaheadCallback(Callback, ABC):
             raise MisconfigurationException(
                 f"One lookahead callback must be in the list, got {len(names)}: {', '.join(names)}."
             )
-        tell_max_lr(trainer)
         # Until training starts: how many steps there are takes the data loader, which the module
         # may make in hooks that come after this one.
         asleep = LookaheadSchedule(0.0)
@@ -119,6 +118,8 @@ class LookaheadCallback(Callback, ABC):
             lookahead = Lookahead(rule, asleep, module=trainer.strategy.model)
             self._detach.callback(lookahead.detach)
             self._lookaheads.append(lookahead.attach())
+            for idx, max_lr in enumerate(max_lrs_of_schedulers(trainer, optimizer)):
+                lookahead.progress.set_max_lr(idx, max_lr)
         self._detach.callback(self._lookaheads.clear)
         self._bracket_training_step(trainer)
         self._bracket_save_checkpoint(trainer)
@@ -136,8 +137,8 @@ class LookaheadCallback(Callback, ABC):
         for lookahead in self._lookaheads:
             lookahead.schedule = schedule
             lookahead.attach()
-            if trainer.global_step and lookahead.is_new:
-                lookahead.step_idx = trainer.global_step // steps_per_global_step(trainer)
+            if trainer.global_step and lookahead.progress.is_new:
+                lookahead.progress.step_idx = trainer.global_step // steps_per_global_step(trainer)
                 rank_zero_info(
                     f"The checkpoint was made without {type(self).__name__}: training goes on from "
                     f"step {lookahead.step_idx} with nothing to look ahead along yet."
@@ -244,4 +245,4 @@ def _prepare_to_load(lookahead: Lookahead, names: list[str]) -> None:
         with _as_misconfiguration():
             lookahead.rule.check_checkpoint(has)
     else:
-        lookahead.forget()
+        lookahead.detach(leaves_progress=False)

@@ -16,20 +16,21 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR
 
-from lightning_ema_nesterov.core.schedule import set_max_lr
 from lightning_ema_nesterov.core.sharding import Sharding
 
 __all__ = [
     "callbacks_of",
     "check_trainer",
     "estimate_total_steps",
+    "is_trial",
     "is_watched_between_steps",
     "is_watched_in_window",
+    "max_lrs_of_schedulers",
     "replace_method",
     "steps_per_global_step",
-    "tell_max_lr",
     "window_continues",
 ]
 
@@ -96,14 +97,13 @@ def _check_fsdp(trainer: Trainer, strategy: FSDPStrategy, name: str) -> None:
         )
 
 
-def tell_max_lr(trainer: Trainer) -> None:
-    """Set the learning-rate reference of the groups that CyclicLR drives: it does not tell it."""
-    for config in trainer.lr_scheduler_configs:
-        scheduler = config.scheduler
-        if isinstance(scheduler, CyclicLR):
-            groups = scheduler.optimizer.param_groups
-            for group, max_lr in zip(groups, scheduler.max_lrs, strict=True):
-                set_max_lr(group, max_lr)
+def max_lrs_of_schedulers(trainer: Trainer, optimizer: Optimizer) -> list[float]:
+    """Return the largest learning rates that CyclicLR keeps to itself, one for each group."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for scheduler in schedulers:
+        if isinstance(scheduler, CyclicLR) and scheduler.optimizer is optimizer:
+            return [float(max_lr) for max_lr in scheduler.max_lrs]
+    return []
 
 
 def estimate_total_steps(trainer: Trainer) -> int | None:
@@ -121,6 +121,12 @@ def estimate_total_steps(trainer: Trainer) -> int | None:
     if estimate == trainer.max_steps:  # the Trainer counts the steps of all optimizers there
         estimate //= steps_per_global_step(trainer)
     return int(estimate)
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Return whether only a few batches are trained, to try the code: no schedule has to fit."""
+    is_fast: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set elsewhere
+    return is_fast or isinstance(trainer.limit_train_batches, int)
 
 
 def steps_per_global_step(trainer: Trainer) -> int:

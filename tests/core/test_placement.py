@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ema_nesterov.core.lookahead import STEP_KEY, Lookahead
+from lightning_ema_nesterov.core.lookahead import Lookahead
+from lightning_ema_nesterov.core.progress import STEP_KEY
 from tests.core.problem import Attach, direction, loss_of, start, train
 from tests.toys import adamw, equal, relative_error
 
@@ -202,7 +203,7 @@ def test_step_skipped_by_the_scaler_changes_nothing(attach: Attach, fused: bool,
         for _ in range(5):  # once: a parameter that was not stepped is left out of the joined pass
             step(float("inf"))
             lookahead.skip()
-            lookahead.step_idx -= 1
+            lookahead.progress.step_idx -= 1
         assert equal([direction(lookahead, p) for p in params], kept)
     assert lookahead.step_idx == 4
     lookahead.skip()
@@ -228,5 +229,7 @@ def test_detach_returns_to_the_iterate_and_removes_the_hooks(attach: Attach) -> 
         optimizer._optimizer_step_post_hooks,
         optimizer._optimizer_load_state_dict_pre_hooks,
         optimizer._optimizer_load_state_dict_post_hooks,
+        optimizer._optimizer_state_dict_pre_hooks,
+        optimizer._optimizer_state_dict_post_hooks,
     ]
     assert not any(hooks)

@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from lightning_ema_nesterov.core.schedule import (
-    MAX_LR_KEY,
-    LookaheadSchedule,
-    follow_lr,
-)
+from lightning_ema_nesterov.core.progress import MAX_LR_KEY, STEP_KEY, Progress, largest_lr
+from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 
 
 @pytest.mark.parametrize(
@@ -70,9 +67,9 @@ def lr_ratios(
     """Ratios of 0.1 * multiplier, read before each step as the callback does."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     scheduler = make_scheduler(optimizer) if make_scheduler else None
-    ratios = []
+    progress, ratios = Progress(optimizer), []
     for _ in range(num_steps):
-        ratios.append(follow_lr(optimizer.param_groups[0]))
+        ratios.append(progress.lr_ratio(0))
         optimizer.step()
         if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
             scheduler.step(1.0)
@@ -128,16 +125,37 @@ def test_ratio_to_the_largest_learning_rate(
 
 
 def test_reference_is_the_group_max_lr_when_the_user_sets_it() -> None:
-    assert follow_lr({"lr": 0.1, "initial_lr": 0.2, "max_lr": 0.4}) == 0.25
+    assert largest_lr({"lr": 0.1, "initial_lr": 0.2, "max_lr": 0.4}) == 0.4
 
 
-def test_reference_survives_in_the_group() -> None:
-    group: dict[str, Any] = {"lr": 0.4}
-    assert follow_lr(group) == 1.0
-    restored = {"lr": torch.tensor(0.1), MAX_LR_KEY: group[MAX_LR_KEY]}
-    assert follow_lr(restored) == pytest.approx(0.25)
+def test_progress_is_saved_with_the_optimizer_and_not_in_its_groups() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    keys = set(optimizer.param_groups[0])
+    progress = Progress(optimizer)
+    progress.register()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    assert progress.lr_ratio(0) == pytest.approx(0.25)
+    progress.step_idx = 7
+    assert set(optimizer.param_groups[0]) == keys
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0][STEP_KEY] == 7
+    assert saved["param_groups"][0][MAX_LR_KEY] == pytest.approx(0.4)
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    resumed = Progress(other)
+    resumed.register()
+    other.load_state_dict(saved)
+    assert set(other.param_groups[0]) == keys
+    assert (resumed.step_idx, resumed.is_new) == (7, False)
+    assert resumed.lr_ratio(0) == pytest.approx(0.25)
+    resumed.leave()
+    again = Progress(other)
+    again.register()
+    assert (again.step_idx, again.lr_ratio(0)) == (7, pytest.approx(0.25))
 
 
 def test_zero_or_missing_learning_rate() -> None:
-    assert follow_lr({"lr": 0.0}) == 0.0
-    assert follow_lr({"weight_decay": 0.1}) == 1.0
+    p = torch.nn.Parameter(torch.zeros(1))
+    assert Progress(torch.optim.SGD([p], lr=0.0)).lr_ratio(0) == 0.0
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    del optimizer.param_groups[0]["lr"]
+    assert Progress(optimizer).lr_ratio(0) == 1.0

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ema_nesterov.core.schedule import MAX_LR_KEY, LookaheadSchedule
+from lightning_ema_nesterov.core.progress import MAX_LR_KEY
+from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
 from tests.core.problem import Attach, direction, loss_of, start, train
 from tests.toys import MakeOptimizer, adamw, equal, sgd
@@ -87,7 +88,7 @@ def test_parameters_added_later_get_a_direction(attach: Attach) -> None:
     optimizer.add_param_group({"params": params[1:]})
     train(lookahead, params, 3)
     assert DIRECTION_KEY in optimizer.state[params[1]]
-    assert optimizer.param_groups[1][MAX_LR_KEY] == 1e-2
+    assert optimizer.state_dict()["param_groups"][1][MAX_LR_KEY] == 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,7 +131,7 @@ def test_state_made_without_the_method_starts_with_a_zero_direction(attach: Atta
     plain.step()
     fresh = attach(adamw(params))
     fresh.base_optimizer.load_state_dict(plain.state_dict())
-    assert fresh.is_new
+    assert fresh.progress.is_new
     x = [p.detach().clone() for p in params]
     fresh.extrapolate()
     assert equal(params, x)
@@ -204,7 +205,7 @@ def test_the_step_that_only_makes_state_is_none(
         p.grad = torch.zeros_like(p)
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.step()
-    assert lookahead.is_new
+    assert lookahead.progress.is_new
     assert equal(params, x)
     assert equal([direction(lookahead, p) for p in params], [torch.zeros_like(p) for p in params])
 

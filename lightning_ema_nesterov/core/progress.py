@@ -1,0 +1,117 @@
+"""How far a run is: steps taken, and the largest learning rate of each parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["MAX_LR_KEY", "STEP_KEY", "Progress", "largest_lr"]
+
+STEP_KEY = "ema_nesterov_step"
+"""Key of the number of steps taken, in the first parameter group of ``optimizer.state_dict()``."""
+
+MAX_LR_KEY = "ema_nesterov_max_lr"
+"""Key of the learning-rate reference, in each parameter group of ``optimizer.state_dict()``."""
+
+_NO_STEP = -1
+
+
+class Progress:
+    """Steps and learning-rate references of one base optimizer, saved and loaded with it.
+
+    They are in what ``optimizer.state_dict()`` returns. The optimizer's own parameter groups, which
+    others compare and copy, hold them only after :meth:`leave`.
+
+    Args:
+        base_optimizer: The optimizer.
+
+    Attributes:
+        is_new: Whether no step was taken, or loaded, with the method.
+    """
+
+    def __init__(self, base_optimizer: Optimizer) -> None:
+        self.base_optimizer = base_optimizer
+        self.is_new = True
+        self._step_idx = 0
+        self._max_lrs: dict[int, float] = {}
+
+    @property
+    def step_idx(self) -> int:
+        """Steps taken so far."""
+        return self._step_idx
+
+    @step_idx.setter
+    def step_idx(self, value: int) -> None:
+        self._step_idx = value
+        self.is_new = False
+
+    def register(self) -> list[RemovableHandle]:
+        """Register hooks for saving and loading; take what :meth:`leave` or a checkpoint left."""
+        self._take(self.base_optimizer)
+        for idx in range(len(self.base_optimizer.param_groups)):
+            self.lr_ratio(idx)
+        return [
+            self.base_optimizer.register_state_dict_post_hook(self._save),
+            self.base_optimizer.register_load_state_dict_post_hook(self._take),
+        ]
+
+    def leave(self) -> None:
+        """Leave everything in the parameter groups, for checkpoints that are saved later."""
+        self._write(self.base_optimizer.param_groups)
+
+    def lr_ratio(self, group_idx: int) -> float:
+        """Return the learning rate of a parameter group over its maximum, and follow the maximum.
+
+        Returns:
+            The ratio, in [0, 1]; 0 while no learning rate was above 0, 1 in a group without ``lr``.
+        """
+        group = self.base_optimizer.param_groups[group_idx]
+        if "lr" not in group:
+            return 1.0
+        max_lr = largest_lr(group, self._max_lrs.get(group_idx))
+        self._max_lrs[group_idx] = max_lr
+        return float(group["lr"]) / max_lr if max_lr > 0 else 0.0
+
+    def set_max_lr(self, group_idx: int, max_lr: float) -> None:
+        """Set the reference of a group whose scheduler does not tell it, unless one was loaded."""
+        if self.is_new:
+            self._max_lrs[group_idx] = max_lr
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self._write(state_dict["param_groups"])
+
+    def _write(self, groups: Sequence[dict[str, Any]]) -> None:
+        groups[0][STEP_KEY] = _NO_STEP if self.is_new else self._step_idx
+        for idx, max_lr in self._max_lrs.items():
+            groups[idx][MAX_LR_KEY] = max_lr
+
+    def _take(self, optimizer: Optimizer) -> None:
+        groups = optimizer.param_groups
+        step_idx = int(groups[0].pop(STEP_KEY, _NO_STEP))
+        self.is_new = step_idx == _NO_STEP
+        self._step_idx = max(0, step_idx)
+        loaded = {idx: group.pop(MAX_LR_KEY, None) for idx, group in enumerate(groups)}
+        self._max_lrs = {idx: float(lr) for idx, lr in loaded.items() if lr is not None}
+
+
+def largest_lr(group: Mapping[str, Any], known: float | None = None) -> float:
+    """Return the largest learning rate of a parameter group, as far as anyone has told.
+
+    It starts as ``group["max_lr"]`` where there is one (OneCycleLR sets it, and users may), else as
+    the larger of ``initial_lr`` (schedulers set it) and ``lr``. From then on it is the running
+    maximum.
+
+    Args:
+        group: A parameter group; its ``lr`` is a number or a tensor of one element.
+        known: The maximum so far, ``None`` at the start.
+
+    Example:
+        >>> largest_lr({"lr": 0.1, "initial_lr": 0.4})
+        0.4
+    """
+    lr = float(group["lr"])
+    start = group.get("max_lr", group.get("initial_lr", lr)) if known is None else known
+    return max(float(start), lr)
