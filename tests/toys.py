@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ema_nesterov import EMANesterov
 from tests.core import reference
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
+MakeScheduler = Callable[[Optimizer], lr_scheduler.LRScheduler]
 
 
 class Batches(Dataset[Tensor]):
@@ -46,7 +48,7 @@ class Toy(LightningModule):
         make_optimizer: MakeOptimizer,
         *,
         dtype: torch.dtype = torch.float32,
-        make_scheduler: Callable[[Optimizer], Any] | None = None,
+        make_scheduler: MakeScheduler | None = None,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -76,6 +78,78 @@ class Toy(LightningModule):
         if self.make_scheduler is None:
             return optimizer
         return [optimizer], [{"scheduler": self.make_scheduler(optimizer), "interval": "step"}]
+
+
+class Manual(Toy):
+    """Two optimizers, stepped in turn as in a GAN, with a closure or without.
+
+    Args:
+        closure: Whether ``step`` is given the forward and backward pass.
+        steps: Steps of each optimizer in one training step.
+        make_first: Makes the optimizer of the first layer.
+        callback: Asked for the lookahead point before the second and later steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        closure: bool = False,
+        steps: int = 1,
+        make_first: MakeOptimizer | None = None,
+        callback: EMANesterov | None = None,
+    ) -> None:
+        super().__init__(adamw)
+        self.automatic_optimization = False
+        self.make_first = make_first or sgd
+        self.use_closure = closure
+        self.steps = steps
+        self.callback = callback
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        return [self.make_first(self.hidden.parameters()), adamw(self.out.parameters())]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        # Two LightningOptimizers, which are no torch optimizers for the type checker.
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            for repeat in range(self.steps):
+                if repeat and self.callback is not None:
+                    self.callback.extrapolate(optimizer)
+                self._step(optimizer, batch)
+
+    def _step(self, optimizer: Any, batch: Tensor) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = self.forward(batch)
+            self.manual_backward(loss)
+            return loss
+
+        self.toggle_optimizer(optimizer)
+        if self.use_closure:
+            optimizer.step(closure=closure)
+        else:
+            closure()
+            optimizer.step()
+        self.untoggle_optimizer(optimizer)
+
+
+class HalfStep(torch.optim.SGD):
+    """Gradient descent that steps its first parameter, then fails when told to."""
+
+    fails = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for idx, p in enumerate(group["params"]):
+                if self.fails and idx == 1:
+                    raise MemoryError("on purpose")
+                p.add_(p.grad, alpha=-group["lr"])
+        return loss
 
 
 def adamw(params: Iterable[Tensor]) -> Optimizer:
@@ -117,6 +191,30 @@ def ema_nesterov(**kwargs: Any) -> EMANesterov:
     return EMANesterov(**{"ema_decay": 0.9, "warmup": 0, "rest": 0, **kwargs})
 
 
+class Recorder(Callback):
+    """Copies what the parameters hold in the hooks it is told to look from.
+
+    Attributes:
+        seen: Name of the hook, ``global_step`` and the parameters, in the order of the calls.
+    """
+
+    def __init__(self, *hooks: str) -> None:
+        self.seen: list[tuple[str, int, list[Tensor]]] = []
+        for hook in hooks:
+            setattr(self, hook, self._make(hook))
+
+    def _make(self, hook: str) -> Callable[..., None]:
+        def record(trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+            self.seen.append((hook, trainer.global_step, snapshot(pl_module)))
+
+        return record
+
+    @property
+    def params(self) -> list[list[Tensor]]:
+        """The parameters of each call."""
+        return [params for _, _, params in self.seen]
+
+
 def snapshot(module: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in module.parameters()]
 
@@ -129,6 +227,40 @@ def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 def relative_error(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     a, b = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (first, second))
     return float((a - b).norm() / b.norm())
+
+
+def trajectory_of(
+    module: Toy, *, accumulate: int = 1, num_steps: int, **kwargs: Any
+) -> list[list[Tensor]]:
+    """The oracle's iterates for the toy's data, in float64 unless ``dtype`` says otherwise."""
+    batches = Batches(num_steps * accumulate, torch.float64).data
+    trajectory, _ = reference.train(
+        snapshot(module),
+        batch_gradients(module, batches, accumulate),
+        module.make_optimizer,
+        num_steps=num_steps,
+        **{"ema_decay": 0.9, "step_size": lambda _: 0.5, **kwargs},
+    )
+    return trajectory
+
+
+def ema_directions(
+    iterates: Sequence[Sequence[Tensor]], ema_decay: float = 0.9
+) -> list[list[Tensor]]:
+    """The recursion of the EMA direction over iterates that were seen, in float64."""
+    m = [torch.zeros_like(x, dtype=torch.float64) for x in iterates[0]]
+    directions = [m]
+    for before, after in pairwise(iterates):
+        rows = zip(m, before, after, strict=True)
+        m = [ema_decay * d + (1 - ema_decay) * (b.double() - a.double()) for d, a, b in rows]
+        directions.append(m)
+    return directions
+
+
+def lookahead_point(
+    iterate: Sequence[Tensor], direction: Sequence[Tensor], step_size: float = 0.5
+) -> list[Tensor]:
+    return [x.double() + step_size * m for x, m in zip(iterate, direction, strict=True)]
 
 
 def batch_gradients(module: Toy, batches: Tensor, accumulate: int = 1) -> reference.Gradients:

@@ -1,0 +1,207 @@
+"""Manual optimization: several optimizers, closures, windows of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_ema_nesterov import EMANesterov
+from tests.core import reference
+from tests.toys import (
+    Batches,
+    MakeOptimizer,
+    Manual,
+    Recorder,
+    Toy,
+    adamw,
+    batch_gradients,
+    ema_directions,
+    ema_nesterov,
+    loader,
+    lookahead_point,
+    make_trainer,
+    muon,
+    relative_error,
+    sgd,
+    snapshot,
+)
+
+
+class InTurns(Optimizer):
+    """One optimizer for each parameter, for the oracle: it steps those that have a gradient.
+
+    Attributes:
+        iterates: Where the last step of each parameter left it.
+    """
+
+    def __init__(self, params: list[Tensor], makes: list[MakeOptimizer]) -> None:
+        super().__init__(params, {})
+        self.params = params
+        self.optimizers = [make([p]) for make, p in zip(makes, params, strict=True)]
+        self.iterates = [p.detach().clone() for p in params]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        for idx, (p, optimizer) in enumerate(zip(self.params, self.optimizers, strict=True)):
+            if p.grad is not None:
+                optimizer.step()
+                self.iterates[idx] = p.detach().clone()
+
+
+def oracle_of_manual(
+    num_batches: int, *, steps: int = 1, make_first: MakeOptimizer = sgd
+) -> list[list[Tensor]]:
+    """The iterates of :class:`Manual` after each batch, as steps of one parameter at a time.
+
+    Both parameters are at y when a batch begins; the second optimizer finds the first parameter
+    where its optimizer left it.
+    """
+    by_batch = batch_gradients(Toy(adamw), Batches(num_batches, torch.float64).data)
+    made: list[InTurns] = []
+
+    def make_in_turns(params: list[Tensor]) -> Optimizer:
+        made.append(InTurns(params, [make_first, adamw]))
+        return made[-1]
+
+    def gradients(params: list[Tensor], step_idx: int) -> list[Tensor | None]:
+        batch_idx, place = divmod(step_idx, 2 * steps)
+        if place < steps:
+            return [by_batch(params, batch_idx)[0], None]
+        point = [made[-1].iterates[0].requires_grad_(), params[1]]
+        return [None, by_batch(point, batch_idx)[1]]
+
+    trajectory, _ = reference.train(
+        snapshot(Toy(adamw)),
+        gradients,
+        make_in_turns,
+        num_steps=2 * steps * num_batches,
+        ema_decay=0.9,
+        step_size=lambda _: 0.5,
+    )
+    return trajectory[:: 2 * steps]
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_two_optimizers_in_turn_match_the_reference(steps: int, closure: bool) -> None:
+    callback, recorder = ema_nesterov(), Recorder("on_train_batch_end")
+    module = Manual(closure=closure, steps=steps, callback=callback)
+    make_trainer([recorder, callback], max_epochs=1).fit(module, loader(20))
+    expected = oracle_of_manual(20, steps=steps)
+    for params, x in zip(recorder.params, expected[1:], strict=True):
+        assert relative_error(params, x) < 1e-5  # float32 against float64
+    assert relative_error(expected[-1], oracle_of_manual(20, steps=3 - steps)[-1]) > 1e-2
+
+
+@pytest.mark.usefixtures("exact_muon")
+def test_muon_next_to_adamw_matches_the_reference() -> None:
+    module, recorder = Manual(make_first=muon), Recorder("on_train_batch_end")
+    make_trainer([recorder, ema_nesterov()], max_epochs=1).fit(module, loader(20))
+    expected = oracle_of_manual(20, make_first=muon)
+    for params, x in zip(recorder.params, expected[1:], strict=True):
+        assert relative_error(params, x) < 1e-4  # Muon amplifies rounding
+    assert relative_error(expected[-1], oracle_of_manual(20)[-1]) > 1e-3
+
+
+def test_second_step_without_extrapolate_has_no_lookahead() -> None:
+    """Its forward pass runs at the iterate that the first step left."""
+
+    class Notes(Manual):
+        def __init__(self) -> None:
+            super().__init__(steps=2)
+            self.points: list[list[Tensor]] = []
+
+        def forward(self, batch: Tensor) -> Tensor:
+            self.points.append(snapshot(self))
+            return super().forward(batch)
+
+    module = Notes()
+    make_trainer(ema_nesterov(), max_epochs=1).fit(module, loader(20))
+    assert relative_error(snapshot(module), oracle_of_manual(20, steps=2)[-1]) > 1e-4
+    # Four forward passes a batch. The first two of the second batch are those of the first
+    # optimizer, which is gradient descent: nothing is added to where its step ends.
+    first, second = module.points[4:6]
+    by_batch = batch_gradients(Toy(adamw), Batches(20, torch.float64).data)
+    gradient = by_batch([p.double().requires_grad_() for p in first], 1)[0]
+    assert gradient is not None
+    assert relative_error([second[0]], [first[0].double() - 5e-2 * gradient]) < 1e-6
+    assert relative_error([second[0]], [first[0]]) > 1e-3
+
+
+def test_extrapolate_outside_of_fit_is_refused() -> None:
+    with pytest.raises(
+        RuntimeError, match="must be called during fit with an optimizer of the module"
+    ):
+        ema_nesterov().extrapolate(sgd(Toy(sgd).parameters()))
+
+
+def test_accumulation_over_batches_and_epochs_keeps_one_window() -> None:
+    class Accumulates(Toy):
+        def __init__(self) -> None:
+            super().__init__(sgd)
+            self.automatic_optimization = False
+            self.num_batches = 0
+
+        def on_validation_model_zero_grad(self) -> None:
+            pass  # Lightning would drop the gradients of the open window
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            self.manual_backward(self.forward(batch) / 4)
+            self.num_batches += 1
+            if self.num_batches % 4 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    module = Accumulates()
+    recorder = Recorder("on_train_batch_end", "on_validation_start", "on_train_epoch_end")
+    callback = EMANesterov(0.5, 0.9, warmup=0, rest=0.5, total_steps=8)
+    trainer = make_trainer([callback, recorder], max_epochs=2, val_check_interval=5)
+    trainer.fit(module, loader(14), loader(1))
+    batches = Batches(14, torch.float64).data.repeat(2, 1, 1)
+    expected, _ = reference.train(
+        snapshot(Toy(sgd)),
+        batch_gradients(Toy(sgd), batches, 4),
+        sgd,
+        num_steps=7,
+        ema_decay=0.9,
+        step_size=lambda t: 0.5 if t < 4 else 0.0,
+    )
+    for _, step, params in recorder.seen:
+        assert relative_error(params, expected[step]) < 1e-5
+    assert trainer.global_step == 7
+    assert relative_error(expected[7], expected[6]) > 1e-3
+
+
+def test_lbfgs_begins_each_step_at_the_lookahead_point() -> None:
+    """It calls its closure several times; the first call is the one at y."""
+
+    class Notes(Toy):
+        def __init__(self) -> None:
+            super().__init__(lbfgs)
+            self.points: dict[int, list[Tensor]] = {}
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.points.setdefault(batch_idx, snapshot(self))
+            return self.forward(batch)
+
+    def lbfgs(params: Iterable[Tensor]) -> Optimizer:
+        return torch.optim.LBFGS(params, lr=0.1, max_iter=3)
+
+    def loss_of(module: Toy) -> float:
+        return torch.stack([module(batch) for batch in Batches(10).data]).mean().item()
+
+    module, recorder = Notes(), Recorder("on_train_start", "on_train_batch_end")
+    callback = ema_nesterov(lookahead_step_size=0.3)
+    make_trainer([callback, recorder], max_steps=10).fit(module, loader(10))
+    directions = ema_directions(recorder.params)
+    for t, point in module.points.items():
+        y = lookahead_point(recorder.params[t], directions[t], 0.3)
+        assert relative_error(point, y) < 1e-6
+        assert t == 0 or relative_error(point, recorder.params[t]) > 1e-4
+    assert len(module.points) == 10
+    assert loss_of(module) < 0.8 * loss_of(Toy(lbfgs))
