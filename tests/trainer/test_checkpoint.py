@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_ema_nesterov import EMANesterov
-from lightning_ema_nesterov.core.lookahead import STEP_KEY
+from lightning_ema_nesterov.core.progress import STEP_KEY
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
 from tests.toys import (
     MakeOptimizer,

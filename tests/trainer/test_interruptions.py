@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ema_nesterov.core.lookahead import STEP_KEY
+from lightning_ema_nesterov.core.progress import STEP_KEY
 from tests.core import reference
 from tests.toys import (
     Batches,

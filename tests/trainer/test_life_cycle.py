@@ -15,7 +15,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.optim import AdamW, Optimizer
 
 from lightning_ema_nesterov import EMANesterov
-from lightning_ema_nesterov.core.lookahead import STEP_KEY
+from lightning_ema_nesterov.core.progress import STEP_KEY
 from tests.toys import (
     Manual,
     Toy,

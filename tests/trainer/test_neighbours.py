@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ema_nesterov.core.lookahead import STEP_KEY
+from lightning_ema_nesterov.core.progress import STEP_KEY
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
 from tests.core import reference
 from tests.toys import (
