@@ -69,7 +69,7 @@ class Lookahead:
     ) -> None:
         self.rule = rule
         self.schedule = schedule
-        self.progress = Progress(rule.base_optimizer)
+        self.progress = Progress(rule.base_optimizer, module, rule.average_decay)
         self.sharding = Sharding(module, rule.base_optimizer)
         self.will_measure = False
         self.metrics: StepMetrics | None = None

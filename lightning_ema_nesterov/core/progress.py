@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["MAX_LR_KEY", "STEP_KEY", "Progress", "largest_lr"]
+__all__ = [
+    "DECAY_KEY",
+    "MAX_LR_KEY",
+    "NAMES_KEY",
+    "STEP_KEY",
+    "Progress",
+    "largest_lr",
+    "plain_name",
+]
 
 STEP_KEY = "ema_nesterov_step"
 """Key of the number of steps taken, in the first parameter group of ``optimizer.state_dict()``."""
@@ -16,7 +26,15 @@ STEP_KEY = "ema_nesterov_step"
 MAX_LR_KEY = "ema_nesterov_max_lr"
 """Key of the learning-rate reference, in each parameter group of ``optimizer.state_dict()``."""
 
+DECAY_KEY = "ema_nesterov_decay"
+"""Key of the decay of the average that directions hold, in the first parameter group."""
+
+NAMES_KEY = "ema_nesterov_names"
+"""Key of the names of the parameters, in each group; as lines of one string, since distributed
+checkpoints store each element of a list on its own."""
+
 _NO_STEP = -1
+_WRAPPERS = {"_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 class Progress:
@@ -27,13 +45,22 @@ class Progress:
 
     Args:
         base_optimizer: The optimizer.
+        module: The module that knows the names of the parameters.
+        average_decay: Decay of the average that the directions hold, ``None`` if they hold none.
 
     Attributes:
         is_new: Whether no step was taken, or loaded, with the method.
     """
 
-    def __init__(self, base_optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        module: nn.Module | None = None,
+        average_decay: float | None = None,
+    ) -> None:
         self.base_optimizer = base_optimizer
+        self._module = module
+        self._average_decay = average_decay
         self.is_new = True
         self._step_idx = 0
         self._max_lrs: dict[int, float] = {}
@@ -87,12 +114,22 @@ class Progress:
         groups[0][STEP_KEY] = _NO_STEP if self.is_new else self._step_idx
         for idx, max_lr in self._max_lrs.items():
             groups[idx][MAX_LR_KEY] = max_lr
+        if self._average_decay is not None and self._module is not None:
+            groups[0][DECAY_KEY] = self._average_decay
+            root = self._module
+            root = root.module if isinstance(root, DistributedDataParallel) else root
+            names = {p: plain_name(name) for name, p in root.named_parameters()}
+            for group, own in zip(groups, self.base_optimizer.param_groups, strict=True):
+                group[NAMES_KEY] = "\n".join(names.get(p, "") for p in own["params"])
 
     def _take(self, optimizer: Optimizer) -> None:
         groups = optimizer.param_groups
         step_idx = int(groups[0].pop(STEP_KEY, _NO_STEP))
         self.is_new = step_idx == _NO_STEP
         self._step_idx = max(0, step_idx)
+        for group in groups:
+            group.pop(DECAY_KEY, None)
+            group.pop(NAMES_KEY, None)
         loaded = {idx: group.pop(MAX_LR_KEY, None) for idx, group in enumerate(groups)}
         self._max_lrs = {idx: float(lr) for idx, lr in loaded.items() if lr is not None}
 
@@ -115,3 +152,13 @@ def largest_lr(group: Mapping[str, Any], known: float | None = None) -> float:
     lr = float(group["lr"])
     start = group.get("max_lr", group.get("initial_lr", lr)) if known is None else known
     return max(float(start), lr)
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a parameter without what FSDP, Fabric and torch.compile put into it.
+
+    Example:
+        >>> plain_name("_forward_module._orig_mod.layer.weight")
+        'layer.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

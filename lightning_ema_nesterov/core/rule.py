@@ -90,12 +90,12 @@ class LookaheadRule(ABC):
         return self.store.base_optimizer
 
     @property
-    def average_distance(self) -> float | None:
-        r"""How far behind the iterate, along its direction, the average of the iterates is.
+    def average_decay(self) -> float | None:
+        r"""Decay :math:`\gamma` of the average of the iterates that the direction holds.
 
-        .. math:: a_t = x_t - \text{distance} \cdot m_t
+        .. math:: a_t = x_t - \frac{\gamma}{1 - \gamma}\, m_t
 
-        ``None`` for a rule whose direction does not hold the average.
+        ``None`` for a rule whose direction holds none.
         """
         return None
 

@@ -136,15 +136,16 @@ class AtAverage:
     """
 
     def __init__(self, rule: LookaheadRule, sharding: Sharding, share: float) -> None:
-        if rule.average_distance is None:
+        if rule.average_decay is None:
             raise TypeError(f"{type(rule).__name__} holds no average of the iterates.")
+        distance = share * rule.average_decay / (1.0 - rule.average_decay)
         self.share = share
         self._sharding = sharding
         params = rule.store.known_params()  # the others have not moved
         sharding.reshard()
         self._put_back = rule.put_aside(params)
-        if share * rule.average_distance:
-            rule.retract(params, share * rule.average_distance)
+        if distance:
+            rule.retract(params, distance)
 
     def leave(self) -> None:
         """Return to the iterate, bit for bit."""

@@ -53,9 +53,9 @@ class EMADirections(LookaheadRule):
 
     @property
     @override
-    def average_distance(self) -> float:
+    def average_decay(self) -> float:
         # With d = x - a, both sides of a = x - gamma / (1 - gamma) m obey d' = gamma (d + x' - x).
-        return self.ema_decay / (1.0 - self.ema_decay)
+        return self.ema_decay
 
     @override
     def make_state(self, p: Tensor) -> dict[str, Tensor]:
