@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,20 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.core.progress import STEP_KEY
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
+from tests.core import reference
 from tests.toys import (
+    Batches,
     MakeOptimizer,
     Toy,
     adamw,
+    batch_gradients,
     ema_nesterov,
     equal,
     loader,
     make_trainer,
     momentum,
     muon,
+    relative_error,
     sgd,
     snapshot,
 )
@@ -36,6 +42,13 @@ def every_tensor(trainer: Trainer) -> list[torch.Tensor]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = [optimizer.state[p][key] for p in params for key in sorted(optimizer.state[p])]
     return [*params, *(state for state in states if isinstance(state, torch.Tensor))]
+
+
+def directions_of(trainer: Trainer) -> list[torch.Tensor]:
+    """The direction of each parameter."""
+    optimizer = trainer.optimizers[0]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [optimizer.state[p][DIRECTION_KEY] for p in params]
 
 
 def fit(
@@ -63,11 +76,21 @@ def scheduled_callback() -> EMANesterov:
     return ema_nesterov(warmup=2, rest=2, total_steps=NUM_STEPS)
 
 
-@pytest.mark.parametrize("make_optimizer", [sgd, momentum, adamw, muon])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")
+QUICK_RUNS = [(sgd, "32-true"), *((adamw, precision) for precision in PRECISIONS)]
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "precision"),
+    [
+        pytest.param(*run, marks=() if run in QUICK_RUNS else pytest.mark.slow)
+        for run in itertools.product((sgd, momentum, adamw, muon), PRECISIONS)
+    ],
+)
 def test_resume_is_bitwise_as_if_never_stopped(
     make_optimizer: MakeOptimizer, precision: str, tmp_path: Path
 ) -> None:
+    wide = torch.float64 if precision == "64-true" else torch.float32
     whole = fit(make_optimizer, [scheduled_callback()], precision=precision)
     for num_epochs in (1, 2, 3):
         path = tmp_path / f"{num_epochs}.ckpt"
@@ -78,20 +101,20 @@ def test_resume_is_bitwise_as_if_never_stopped(
         resumed = fit(make_optimizer, [scheduled_callback()], precision=precision, ckpt_path=path)
         assert equal(every_tensor(whole), every_tensor(resumed))
         assert not equal(snapshot(whole.lightning_module), snapshot(stopped.lightning_module))
-        directions = [state[DIRECTION_KEY] for state in stopped.optimizers[0].state.values()]
-        wide = torch.float64 if precision == "64-true" else torch.float32
-        assert {m.dtype for m in directions} == {wide}
-    assert not any(DIRECTION_KEY in state for state in whole.optimizers[0].state.values())  # rest
+        for trainer in (stopped, resumed):
+            assert {m.dtype for m in directions_of(trainer)} == {wide}
 
 
-@pytest.mark.parametrize("step", range(1, NUM_STEPS))
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(n, marks=() if n in (1, 6, 11) else pytest.mark.slow) for n in range(1, 12)],
+)
 def test_resume_after_any_step_of_an_epoch(step: int, tmp_path: Path) -> None:
     """ModelCheckpoint saves after a step; the data is the same in every batch of the epoch."""
 
     class OneBatch(Toy):
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-            loss: torch.Tensor = self(self.batch)
-            return loss
+            return self.forward(self.batch)
 
         batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
 
@@ -156,11 +179,62 @@ def test_crash_between_steps_resumes_bitwise(tmp_path: Path) -> None:
     assert equal(every_tensor(fit(adamw, [scheduled_callback()])), every_tensor(resumed))
 
 
-def test_extra_state_is_one_float32_element_for_each_parameter_element() -> None:
-    sizes = {}
-    for name, callbacks in (("plain", []), ("with", [ema_nesterov()])):
-        trainer = fit(adamw, list(callbacks))
+def test_run_that_is_made_longer_continues_with_the_direction_of_its_rest(tmp_path: Path) -> None:
+    """Steps 10 and 11 rested; steps 12 to 15 of the longer run look ahead along what they left."""
+    path = tmp_path / "ended.ckpt"
+    fit(adamw, [scheduled_callback()]).save_checkpoint(path)
+    longer = ema_nesterov(warmup=2, rest=2, total_steps=18)
+    resumed = fit(adamw, [longer], num_epochs=6, ckpt_path=path)
+    module = Toy(adamw)
+
+    def step_size(t: int) -> float:
+        return 0.5 ** (1 + t // 5) if 2 <= t < 10 or 12 <= t < 16 else 0.0
+
+    (expected, expected_m), (untreated, _) = (
+        reference.train(
+            snapshot(module),
+            batch_gradients(module, Batches(3, torch.float64).data.repeat(6, 1, 1)),
+            adamw,
+            num_steps=18,
+            ema_decay=0.9,
+            step_size=size,
+            make_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 5, 0.5),
+        )
+        for size in (step_size, lambda t: step_size(t) if t < 12 else 0.0)
+    )
+    # Displacements are a thousandth of the parameters, which are rounded to float32.
+    assert relative_error(directions_of(resumed), expected_m) < 1e-3
+    assert relative_error(snapshot(resumed.lightning_module), expected[-1]) < 1e-5
+    assert relative_error(untreated[-1], expected[-1]) > 1e-4
+
+
+class Weighs(Callback):
+    """Adds up the memory of all tensors after a step, each storage once. Unit: bytes."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step != 5:  # between two steps, in the middle of an epoch
+            return
+        gc.collect()
+        # Compilers leave tensors of types of their own, which have no memory.
+        own = (torch.Tensor, torch.nn.Parameter)
+        tensors = [o for o in gc.get_objects() if type(o) in own and o.device.type == "cpu"]
+        storages = [t.untyped_storage() for t in tensors]
+        self.seen.append(sum({s.data_ptr(): s.nbytes() for s in storages}.values()))
+
+
+def test_memory_between_steps_is_one_float32_element_more_for_each_parameter_element() -> None:
+    """In the optimizer's state, and nowhere else."""
+    in_state, in_all = [], []
+    for own in ([], [ema_nesterov()]):
+        weighs = Weighs()
+        trainer = fit(adamw, [*own, weighs], num_epochs=2)
         states = [v for state in trainer.optimizers[0].state.values() for v in state.values()]
-        sizes[name] = sum(v.numel() * v.element_size() for v in states)
-    num_elements = sum(p.numel() for p in Toy(adamw).parameters())
-    assert sizes["with"] - sizes["plain"] == 4 * num_elements
+        in_state.append(sum(v.numel() * v.element_size() for v in states))
+        in_all.append(weighs.seen)
+        del trainer, states
+    one_tensor = 4 * sum(p.numel() for p in Toy(adamw).parameters())
+    assert in_state[1] - in_state[0] == one_tensor
+    assert [b - a for a, b in zip(*in_all, strict=True)] == [one_tensor]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.core.progress import STEP_KEY
@@ -131,39 +134,40 @@ def test_fast_dev_run_needs_no_schedule_that_fits() -> None:
         run(max_steps=1)
 
 
-class Finds(Callback):
-    """Keeps the callback that a Trainer runs."""
+class Boring(BoringModel):
+    """Keeps its initial values out of the random numbers that the Trainer draws."""
 
-    found: EMANesterov
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.constant_(self.layer.weight, 0.1)
+        nn.init.zeros_(self.layer.bias)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning's connector sets the attribute; the class does not declare it.
-        callbacks: list[Callback] = vars(trainer)["callbacks"]
-        [self.found] = [c for c in callbacks if isinstance(c, EMANesterov)]
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        rows = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+        return DataLoader(cast("Dataset[Tensor]", rows))
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 def test_lightning_cli_builds_it_from_yaml(tmp_path: Path) -> None:
+    """As made in Python: an int stays a count of steps, a float a fraction."""
     config = tmp_path / "config.yaml"
     config.write_text(
         "trainer:\n"
-        "  max_steps: 2\n  accelerator: cpu\n  logger: false\n  enable_checkpointing: false\n"
-        "  enable_progress_bar: false\n  enable_model_summary: false\n"
+        "  max_steps: 10\n  accelerator: cpu\n  logger: false\n  enable_checkpointing: false\n"
+        "  enable_progress_bar: false\n  enable_model_summary: false\n  limit_val_batches: 0\n"
         "  callbacks:\n"
         "  - class_path: lightning_ema_nesterov.EMANesterov\n"
-        "    init_args: {lookahead_step_size: 0.3, ema_decay: 0.95, warmup: 1, rest: 0.0}\n"
+        "    init_args: {lookahead_step_size: 0.3, ema_decay: 0.95, warmup: 1, rest: 0.2}\n"
     )
-    finds = Finds()
-    LightningCLI(
-        BoringModel,
-        save_config_callback=None,
-        trainer_defaults={"callbacks": finds},
-        args=["fit", "--config", str(config)],
-    )
-    callback = finds.found
-    assert (callback.lookahead_step_size, callback.ema_decay) == (0.3, 0.95)
-    assert (callback.warmup, callback.rest) == (1, 0.0)
-    assert isinstance(callback.warmup, int)
+    args = ["fit", "--config", str(config)]
+    cli = LightningCLI(Boring, save_config_callback=None, args=args)
+    by_hand, untreated = Boring(), Boring()
+    options: dict[str, Any] = {"max_steps": 10, "limit_val_batches": 0}
+    callback = EMANesterov(0.3, 0.95, warmup=1, rest=0.2)
+    make_trainer(callback, **options).fit(by_hand)
+    make_trainer(**options).fit(untreated)
+    assert equal(snapshot(cli.model), snapshot(by_hand))
+    assert not equal(snapshot(untreated), snapshot(by_hand))
 
 
 def test_several_optimizers_each_have_a_count_of_their_own() -> None:
