@@ -201,7 +201,7 @@ def named(case: CaseT, suffix: str) -> str:
 def stopped_and_resumed(
     folder: Path, cases: Sequence[TrainerRun], *, num_steps: int = 4
 ) -> list[TrainerRun]:
-    """Return each run, one that stops and saves (``-saved``) and one that goes on (``-resumed``)."""
+    """Return each run, one that stops and saves (``-saved``), one that goes on (``-resumed``)."""
     runs: list[TrainerRun] = []
     for case in cases:
         path = folder / case.name

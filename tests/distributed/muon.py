@@ -39,4 +39,5 @@ def orthogonalised(
     for _ in range(num_steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.T if is_tall else x
+    out: Tensor = x.T if is_tall else x
+    return out

@@ -65,7 +65,9 @@ class Results(Mapping[str, Result]):
         """Note that a run failed, with the traceback of every process that has one."""
         files = [worker.traceback_file(self.folder, name, r) for r in range(self.num_processes)]
         texts = [
-            f"Process {rank}: {file.read_text()}" for rank, file in enumerate(files) if file.exists()
+            f"Process {rank}: {file.read_text()}"
+            for rank, file in enumerate(files)
+            if file.exists()
         ]
         self.failures[name] = (
             f"The run {name!r} failed on {self.num_processes} processes, which ended with "
@@ -163,9 +165,7 @@ def run_nodes(folder: Path, num_nodes: int, runs: Sequence[cases.Case]) -> tuple
     for log in logs:
         with log.open("wb") as output:
             nodes.append(
-                subprocess.Popen(
-                    command, env=environment, stdout=output, stderr=subprocess.STDOUT
-                )
+                subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
             )
     deadline = time.monotonic() + TIMEOUT_S
     try:

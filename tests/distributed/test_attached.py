@@ -48,9 +48,7 @@ def test_two_processes_equal_one(run: AttachedRun, tmp_path: Path, one_process: 
     ]
     # torch.compile fails for FSDP1 in evaluation while it holds gradients, with or without us.
     if not run.uses_fabric:
-        runs.append(
-            replace(run, name="compiled", compile_model=True, evaluates="after the step")
-        )
+        runs.append(replace(run, name="compiled", compile_model=True, evaluates="after the step"))
     results = launch(tmp_path, 2, runs)
     names = tuple(name for name in results if name != "accumulated")
     check(results, one_process, accumulated="accumulated", whole=names)
@@ -73,9 +71,9 @@ def test_without_resharding_the_run_differs(
 
 
 # torch.distributed.checkpoint without Fabric, which fails for FSDP (1) alone too, and Fabric.
-SAVED = {
-    run.name: run for run in (*BY_TORCH, *BY_FABRIC) if run.name in ("ddp", "fsdp2")
-} | {run.name: run for run in BY_FABRIC}
+SAVED = {run.name: run for run in (*BY_TORCH, *BY_FABRIC) if run.name in ("ddp", "fsdp2")} | {
+    run.name: run for run in BY_FABRIC
+}
 
 
 @pytest.fixture(scope="module")
@@ -99,44 +97,47 @@ def saved(folder: Path) -> Results:
     return launch(folder, 2, runs)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def resumed(request: pytest.FixtureRequest, folder: Path, saved: Results) -> Results:
+    """What goes on from each checkpoint."""
+    runs = []
+    for run in SAVED.values():
+        again = replace(run, start=4)
+        loaded = replace(again, num_steps=4)
+        runs += [
+            replace(again, name=named(run, "continued"), load=folder / run.name),
+            replace(loaded, name=named(run, "loaded"), load=folder / run.name),
+            replace(loaded, name=named(run, "in-window"), load=folder / f"{run.name}-window"),
+            replace(again, name=named(run, "enabled"), load_before=folder / f"{run.name}-plain"),
+        ]
+    return launch(folder, request.param, runs)
+
+
 @pytest.mark.parametrize("name", SAVED)
 def test_checkpoints_continue_on_one_two_and_three_processes(
-    name: str, num_processes: int, folder: Path, saved: Results
+    name: str, resumed: Results, saved: Results
 ) -> None:
-    run = replace(SAVED[name], start=4)
-    results = launch(
-        folder,
-        num_processes,
-        [
-            replace(run, name="continued", load=folder / name),
-            replace(run, name="loaded", load=folder / name, num_steps=4),
-            replace(run, name="in-window", load=folder / f"{name}-window", num_steps=4),
-        ],
-    )
     # Bitwise on the same number of processes, else the rounding of the batch's sums.
-    tolerance = 0.0 if num_processes == 2 else 1e-5
-    assert difference(results["continued"], saved[name]) <= tolerance
-    assert difference(results["loaded"], saved[f"{name}-four"]) == 0.0
+    tolerance = 0.0 if resumed.num_processes == 2 else 1e-5
+    assert difference(resumed[f"{name}-continued"], saved[name]) <= tolerance
+    assert difference(resumed[f"{name}-loaded"], saved[f"{name}-four"]) == 0.0
     assert difference(saved[f"{name}-four"], saved[name]) > 1e-3
     # In a window x comes back from y, up to one unit in the last place.
-    assert difference(results["in-window"], saved[f"{name}-four-windows"]) < 1e-6
+    assert difference(resumed[f"{name}-in-window"], saved[f"{name}-four-windows"]) < 1e-6
 
 
 @pytest.fixture(scope="module")
 def enabled_on_one_process(folder: Path, saved: Results) -> Results:
-    """Without a process group torch saves the same entries: the checkpoint of DDP is loaded."""
+    """Without Fabric any number of processes saves the same entries."""
     run = replace(SAVED["ddp"], name="one", start=4, load_before=folder / "ddp-plain")
     return launch(folder, 1, [run])
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
 @pytest.mark.parametrize("name", SAVED)
 def test_method_can_be_switched_on_at_a_checkpoint(
-    name: str, num_processes: int, folder: Path, saved: Results, enabled_on_one_process: Results
+    name: str, resumed: Results, saved: Results, enabled_on_one_process: Results
 ) -> None:
-    run = replace(SAVED[name], name="enabled", start=4, load_before=folder / f"{name}-plain")
-    enabled = launch(folder, num_processes, [run])["enabled"]
+    enabled = resumed[f"{name}-enabled"]
     assert difference(enabled, enabled_on_one_process["one"], "weight") < 1e-5
     assert difference(enabled, saved[name], "weight") > 1e-3
 

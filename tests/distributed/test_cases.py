@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases import DDP, FSDP1, EMA, Fault, TrainerRun
+from tests.distributed.cases import DDP, EMA, FSDP1, Fault, TrainerRun
 from tests.distributed.processes import launch
 
 pytestmark = pytest.mark.distributed
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.distributed
 @pytest.mark.parametrize(
     ("make", "options", "error", "message"),
     [
-        (TrainerRun, {"acumulate": 2}, TypeError, "acumulate"),
+        (TrainerRun, {"accumulates": 2}, TypeError, "accumulates"),
         (DDP, {"use_orig_params": False}, TypeError, "use_orig_params"),
         (FSDP1, {"sharding": "SHARD_GRAD"}, ValueError, "'SHARD_GRAD_OP', .*, got 'SHARD_GRAD'"),
         (TrainerRun, {"optimizer": "adam"}, ValueError, "optimizer must be one of 'adamw'"),

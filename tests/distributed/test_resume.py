@@ -50,19 +50,29 @@ def saved(folder: Path) -> Results:
     return launch(folder, 2, runs)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def resumed(request: pytest.FixtureRequest, folder: Path, saved: Results) -> Results:
+    """What goes on from each checkpoint, and what is loaded where no step follows."""
+    runs = []
+    for run in RUNS.values():
+        again = replace(run, name=named(run, "resumed"), load=folder / run.name)
+        runs += [again, replace(again, name=named(run, "loaded"), num_steps=4)]
+    for name, strategy in SAVED.items():
+        run = TrainerRun(name=f"{name}-enabled", strategy=strategy)
+        enabled = replace(run, load=folder / f"{name}-adamw-plain")
+        disabled = replace(run, name=f"{name}-disabled", rule=None, load=folder / f"{name}-adamw")
+        runs += [enabled, replace(enabled, name=f"{name}-at-once", num_steps=4), disabled]
+    return launch(folder, request.param, runs)
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_resume_on_one_two_and_three_processes(
-    name: str, num_processes: int, folder: Path, saved: Results
-) -> None:
-    resumed = replace(RUNS[name], name="resumed", load=folder / name)
-    loaded = replace(resumed, name="loaded", num_steps=4)
-    results = launch(folder, num_processes, [resumed, loaded])
-    four, whole = saved[f"{name}-saved"], saved[name]
-    assert difference(results["loaded"], four) == 0.0  # nothing is dropped
-    assert results["loaded"]["group"] == four["group"]
+def test_resume_on_one_two_and_three_processes(name: str, resumed: Results, saved: Results) -> None:
+    loaded, four, whole = resumed[f"{name}-loaded"], saved[f"{name}-saved"], saved[name]
+    assert difference(loaded, four) == 0.0  # nothing is dropped
+    assert loaded["group"] == four["group"]
     # Bitwise on the same number of processes, else the rounding of the batch's sums.
-    assert difference(results["resumed"], whole) <= (0.0 if num_processes == 2 else 1e-5)
+    tolerance = 0.0 if resumed.num_processes == 2 else 1e-5
+    assert difference(resumed[f"{name}-resumed"], whole) <= tolerance
     assert difference(four, whole, "weight") > 1e-3
 
 
@@ -80,27 +90,20 @@ def test_state_is_that_of_the_base_optimizer_and_the_direction(saved: Results) -
 @pytest.fixture(scope="module")
 def switched(folder: Path, saved: Results) -> Results:
     """One process that goes on with the method after 4 steps, or without it."""
-    enabled = TrainerRun(
-        name="enabled", strategy=OneProcess(), load=folder / "ddp-adamw-plain"
-    )
+    enabled = TrainerRun(name="enabled", strategy=OneProcess(), load=folder / "ddp-adamw-plain")
     disabled = replace(enabled, name="disabled", rule=None, load=folder / "ddp-adamw")
     return launch(folder, 1, [enabled, disabled])
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
 @pytest.mark.parametrize("name", SAVED)
 def test_method_can_be_switched_on_and_off_at_a_checkpoint(
-    name: str, num_processes: int, folder: Path, saved: Results, switched: Results
+    name: str, resumed: Results, saved: Results, switched: Results
 ) -> None:
-    run = TrainerRun(name="enabled", strategy=SAVED[name])
-    enabled = replace(run, load=folder / f"{name}-adamw-plain")
-    loaded = replace(enabled, name="loaded", num_steps=4)
-    disabled = replace(run, name="disabled", rule=None, load=folder / f"{name}-adamw")
-    results = launch(folder, num_processes, [enabled, loaded, disabled])
-    assert results["enabled"]["group"]["ema_nesterov_step"] == 8  # it goes on where the run is
-    assert difference(results["enabled"], switched["enabled"]) < 1e-5
-    assert difference(results["loaded"], saved[f"{name}-adamw-plain"]) == 0.0
-    assert difference(results["disabled"], switched["disabled"], "weight") < 1e-5
+    enabled = resumed[f"{name}-enabled"]
+    assert enabled["group"]["ema_nesterov_step"] == 8  # it goes on where the run is
+    assert difference(enabled, switched["enabled"]) < 1e-5
+    assert difference(resumed[f"{name}-at-once"], saved[f"{name}-adamw-plain"]) == 0.0
+    assert difference(resumed[f"{name}-disabled"], switched["disabled"], "weight") < 1e-5
     for result in (switched["enabled"], switched["disabled"]):
         assert difference(result, saved["ddp-adamw"], "weight") > 1e-3
     assert difference(switched["enabled"], switched["disabled"], "weight") > 1e-3
@@ -175,9 +178,7 @@ def test_run_that_is_made_longer_goes_on_as_if_it_had_always_been_so_long(
     short = TrainerRun(
         name="short", strategy=FORMATS[name], rule=EMA(rest=4), num_steps=4, save=tmp_path / "four"
     )
-    longer = replace(
-        short, name="longer", rule=EMA(rest=4, total_steps=12), num_steps=8, save=None
-    )
+    longer = replace(short, name="longer", rule=EMA(rest=4, total_steps=12), num_steps=8, save=None)
     extended = replace(longer, name="extended", load=tmp_path / "four")
     whole = replace(short, name="whole", num_steps=8, save=None)
     results = launch(tmp_path, 2, [short, longer, extended, whole])
@@ -189,7 +190,7 @@ def test_run_that_is_made_longer_goes_on_as_if_it_had_always_been_so_long(
 def test_run_that_is_made_longer_in_its_rest_follows_the_equations(
     name: str, tmp_path: Path
 ) -> None:
-    """The direction was updated in the two steps that rested, and the others look ahead along it."""
+    """The direction was updated in two steps that rested, and the next look ahead along it."""
     short = TrainerRun(
         name="short", strategy=FORMATS[name], rule=EMA(rest=4), num_steps=6, save=tmp_path / "six"
     )

@@ -56,9 +56,7 @@ def oracle(accumulate: int = 1, *, resting: Sequence[int] = ()) -> Result:
 
 
 @pytest.mark.parametrize(("name", "accumulate"), [("adamw", 1), ("accumulated", 2)])
-def test_one_process_equals_the_reference(
-    name: str, accumulate: int, one_process: Results
-) -> None:
+def test_one_process_equals_the_reference(name: str, accumulate: int, one_process: Results) -> None:
     """What the runs on several processes are compared with, in float64 and without our code."""
     expected = oracle(accumulate)
     assert difference(one_process[name], expected) < 1e-5  # float32 rounding
@@ -159,9 +157,7 @@ def test_other_base_optimizers_on_two_processes_equal_one(
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_muon_on_two_processes_equals_one(
-    name: str, tmp_path: Path, one_process: Results
-) -> None:
+def test_muon_on_two_processes_equals_one(name: str, tmp_path: Path, one_process: Results) -> None:
     """With products in float64: in bfloat16 the halves of a batch round otherwise on every CPU."""
     run = TrainerRun(
         name="muon",
@@ -176,12 +172,23 @@ def test_muon_on_two_processes_equals_one(
     assert difference(one_process["muon"], one_process["muon-plain"], "weight") > 1e-2
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp1", "fsdp1-flat", "fsdp2"])
-def test_compiled_kernel_works_on_shards(name: str, tmp_path: Path, one_process: Results) -> None:
-    run = replace(TRAINED[name], rule=EMA(compile=True), val_check_interval=1.0)
-    result = launch(tmp_path, 2, [run])[name]
-    assert difference(result, one_process["adamw"]) < 1e-5
-    assert len(result["kernel_calls"]) >= 6  # steps with lookahead
+KERNELS = ("ddp", "fsdp1", "fsdp1-flat", "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def with_kernel(folder: Path) -> Results:
+    """The kernel is compiled once, so all are run by the same processes."""
+    rule = EMA(compile=True)
+    runs = [replace(TRAINED[name], rule=rule, val_check_interval=1.0) for name in KERNELS]
+    return launch(folder, 2, runs)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiled_kernel_works_on_shards(
+    name: str, with_kernel: Results, one_process: Results
+) -> None:
+    assert difference(with_kernel[name], one_process["adamw"]) < 1e-5
+    assert len(with_kernel[name]["kernel_calls"]) >= 6  # steps with lookahead
     assert one_process["adamw"]["kernel_calls"] == []
 
 
@@ -201,9 +208,7 @@ STEPS = {
     for run in (
         *OVERFLOWS,
         *(
-            TrainerRun(
-                name=f"{name}-bf16-mixed", strategy=STRATEGIES[name], precision="bf16-mixed"
-            )
+            TrainerRun(name=f"{name}-bf16-mixed", strategy=STRATEGIES[name], precision="bf16-mixed")
             for name in ("ddp", "fsdp1", "fsdp2")
         ),
         TrainerRun(name="ddp-muon", strategy=DDP(), optimizer="muon"),
