@@ -2,105 +2,188 @@
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-WORKER = Path(__file__).parent / "worker.py"
+from tests.distributed import cases, worker
+
+ROOT = Path(__file__).parents[2]
 # Far below the half hour after which a process group gives up on a process that it waits for.
 TIMEOUT_S = 300.0
+# What the others get to notice that one has died, before they are ended.
+GRACE_S = 20.0
 
 Result = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Run:
-    """The processes of one run, and the files that they write to."""
+class Results(Mapping[str, Result]):
+    """What runs computed, by their names; asking for one that failed says so, and why."""
 
-    processes: list[subprocess.Popen[bytes]]
-    logs: list[Path]
+    def __init__(self, folder: Path, names: Sequence[str], num_processes: int) -> None:
+        self.folder = folder
+        self.names = list(names)
+        self.num_processes = num_processes
+        self.failures: dict[str, str] = {}
 
-    def wait(self) -> tuple[list[int], str]:
-        """Return their exit codes and what they wrote; none may be left waiting."""
-        deadline = time.monotonic() + TIMEOUT_S
-        try:
-            codes = [p.wait(max(0.0, deadline - time.monotonic())) for p in self.processes]
-        finally:
-            for p in self.processes:
-                p.kill()
-        return codes, "\n".join(log.read_text(errors="replace") for log in self.logs)
+    def __getitem__(self, name: str) -> Result:
+        return self.of_process(name, 0)
+
+    def of_process(self, name: str, rank: int) -> Result:
+        """Return what one process has of a run."""
+        if name not in self.names:
+            raise KeyError(name)
+        if name in self.failures:
+            raise AssertionError(self.failures[name])
+        file = worker.result_file(self.folder, name, rank)
+        result: Result = torch.load(file, weights_only=False)
+        return result
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def is_complete(self, name: str) -> bool:
+        files = [worker.result_file(self.folder, name, r) for r in range(self.num_processes)]
+        return all(file.exists() for file in files)
+
+    def explain(self, name: str, codes: Sequence[int | None], output: str) -> None:
+        """Note that a run failed, with the traceback of every process that has one."""
+        files = [worker.traceback_file(self.folder, name, r) for r in range(self.num_processes)]
+        texts = [
+            f"Process {rank}: {file.read_text()}"
+            for rank, file in enumerate(files)
+            if file.exists()
+        ]
+        self.failures[name] = (
+            f"The run {name!r} failed on {self.num_processes} processes, which ended with "
+            f"{list(codes)}.\n" + ("\n".join(texts) or f"They wrote:\n{output[-6000:]}")
+        )
 
 
-def start(folder: Path, num_processes: int, configs: list[dict[str, Any]]) -> Run:
-    """Start processes as ``torchrun`` would, without its agent: nobody ends the others for them."""
+def launch(folder: Path, num_processes: int, runs: Sequence[cases.Case]) -> Results:
+    """Do runs one after another in the same processes; after one that fails, in new ones."""
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names), "Two runs have the same name."
+    results = Results(Path(tempfile.mkdtemp(dir=folder)), names, num_processes)
+    waiting = list(runs)
+    while waiting:
+        codes, output = wait(start(results.folder, num_processes, waiting), grace_s=GRACE_S)
+        complete = [run for run in waiting if results.is_complete(run.name)]
+        if not any(codes) and len(complete) == len(waiting):
+            break
+        failed = next((run for run in waiting if run not in complete), waiting[-1])
+        results.explain(failed.name, codes, output)
+        waiting = waiting[waiting.index(failed) + 1 :]
+    return results
+
+
+def start(
+    folder: Path, num_processes: int, runs: Sequence[cases.Case]
+) -> list[tuple[ForkServerProcess, Path]]:
+    """Start processes as ``torchrun`` would, without its agent: nobody ends the others for them.
+
+    They are forked from a server that has imported everything and started nothing.
+    """
     environments: list[dict[str, str]] = [{}]
-    if "one" not in {config.get("strategy") for config in configs}:
-        common = {
-            "TORCHELASTIC_RUN_ID": "test",
-            "WORLD_SIZE": str(num_processes),
-            "LOCAL_WORLD_SIZE": str(num_processes),
-            "GROUP_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }
-        ranks = [str(rank) for rank in range(num_processes)]
-        environments = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
-    return _popen(folder, configs, [([], environment) for environment in environments])
+    if not any(isinstance(run.strategy, cases.OneProcess) for run in runs):
+        environments = environments_of(num_processes)
+    context = get_context("forkserver")
+    context.set_forkserver_preload([worker.__name__])
+    started = []
+    for environment in environments:
+        log = Path(tempfile.mkstemp(suffix=".log", dir=folder)[1])
+        process = context.Process(target=worker.main, args=(folder, log, environment, runs))
+        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()}):
+            process.start()
+        started.append((process, log))
+    return started
 
 
-def start_nodes(folder: Path, num_nodes: int, configs: list[dict[str, Any]]) -> Run:
-    """Start ``torchrun`` once for each node, with one process on each."""
-    command = ["-m", "torch.distributed.run", "--nnodes", str(num_nodes), "--nproc_per_node", "1"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
-    command += ["--local_addr", "127.0.0.1"]
-    return _popen(folder, configs, [(command, {})] * num_nodes)
+def environments_of(num_processes: int) -> list[dict[str, str]]:
+    common = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    ranks = [str(rank) for rank in range(num_processes)]
+    return [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
+
+
+def wait(
+    started: Sequence[tuple[ForkServerProcess, Path]], *, grace_s: float = TIMEOUT_S
+) -> tuple[list[int | None], str]:
+    """Return the exit codes of processes and what they wrote; none may be left waiting.
+
+    Args:
+        started: The processes, and their logs.
+        grace_s: How long the others may go on when one has failed.
+    """
+    processes = [process for process, _ in started]
+    deadline = time.monotonic() + TIMEOUT_S
+    has_failed = False
+    while any(p.exitcode is None for p in processes) and time.monotonic() < deadline:
+        next(p for p in processes if p.exitcode is None).join(0.05)
+        if not has_failed and any(p.exitcode for p in processes):
+            has_failed = True
+            deadline = min(deadline, time.monotonic() + grace_s)
+    for p in processes:
+        p.kill()
+        p.join()
+    output = "\n".join(log.read_text(errors="replace") for _, log in started)
+    return [p.exitcode for p in processes], output
+
+
+def run_nodes(folder: Path, num_nodes: int, runs: Sequence[cases.Case]) -> tuple[list[int], str]:
+    """Run ``torchrun`` once for each node, with one process on each; return codes and output."""
+    file = folder / "runs.pickle"
+    file.write_bytes(pickle.dumps(runs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(num_nodes)]
+    command += ["--nproc_per_node", "1", "--rdzv_backend", "c10d", "--local_addr", "127.0.0.1"]
+    command += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    command += ["-m", worker.__name__, str(folder), str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()}
+    logs = [folder / f"node-{idx}.log" for idx in range(num_nodes)]
+    nodes = []
+    for log in logs:
+        with log.open("wb") as output:
+            nodes.append(
+                subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            )
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        codes = [node.wait(max(0.0, deadline - time.monotonic())) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    return codes, "\n".join(log.read_text(errors="replace") for log in logs)
+
+
+def search_path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-def _popen(
-    folder: Path, configs: list[dict[str, Any]], launches: list[tuple[list[str], dict[str, str]]]
-) -> Run:
-    tag = f"{configs[0]['name']}-{len(launches)}"
-    file = folder / f"{tag}.json"
-    file.write_text(json.dumps(configs))
-    path = os.pathsep.join([str(WORKER.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    run = Run([], [folder / f"{tag}-{idx}.log" for idx in range(len(launches))])
-    for (command, environment), log in zip(launches, run.logs, strict=True):
-        with log.open("wb") as output:
-            run.processes.append(
-                subprocess.Popen(
-                    [sys.executable, *command, str(WORKER), str(folder), file.name],
-                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    return run
-
-
-def results_of(run: Run, folder: Path, configs: list[dict[str, Any]]) -> dict[str, Result]:
-    """Wait for a run, and return what it computed, by the name of the configuration."""
-    codes, output = run.wait()
-    assert not any(codes), output[-8000:]
-    return {c["name"]: torch.load(folder / f"{c['name']}.pt", weights_only=False) for c in configs}
-
-
-def launch(folder: Path, num_processes: int, configs: list[dict[str, Any]]) -> dict[str, Result]:
-    """Run configurations one after another in the same processes."""
-    return results_of(start(folder, num_processes, configs), folder, configs)
 
 
 def difference(result: Result, expected: Result, prefix: str = "") -> float:

@@ -1,0 +1,234 @@
+"""A run of the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_ema_nesterov import EMANesterov
+from lightning_ema_nesterov.core.sharding import Sharding
+from lightning_ema_nesterov.peers import GPA, SNOO
+from lightning_ema_nesterov.rules import codecs, ema_joined
+from tests.distributed import cases, faults, muon, strategies
+from tests.distributed.models import Net, Tokens
+from tests.distributed.observers import (
+    CountsMoves,
+    KeepsMetrics,
+    RecordsSteps,
+    SavesInPlace,
+    SavesWholeFile,
+    counted_collectives,
+    counted_kernel_calls,
+)
+from tests.distributed.strategies import rank, replaced, world_size
+from tests.toys import make_trainer
+
+
+class Module(Net, LightningModule):
+    """The model as the Trainer trains it."""
+
+    def __init__(self, case: cases.TrainerRun) -> None:
+        super().__init__(
+            dtype=cases.dtype_of(case.model_dtype),
+            has_unused=case.has_unused,
+            only_matrices=case.optimizer in ("muon", "exact-muon"),
+        )
+        self.case = case
+        self.num_batches = 0
+        self.is_configured = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self(batch)
+        if self.case.fault and self.num_batches == self.case.fault.batch_idx:
+            is_whole_file = isinstance(self.case.strategy, cases.DDP)
+            faults.commit(self.case.fault.kind, is_whole_file=is_whole_file)
+        self.num_batches += 1
+        return loss * float("inf") if self.num_batches == self.case.overflow_step else loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self(batch)
+
+    @override
+    def configure_model(self) -> None:
+        strategy = self.case.strategy
+        if self.is_configured or not isinstance(strategy, cases.FSDP2):
+            return
+        self.is_configured = True
+        assert self.device_mesh is not None
+        if strategy.tensor_parallel != 1:
+            strategies.split_matrices(self, self.device_mesh["tensor_parallel"])
+        if self.case.compile_model:  # the Trainer takes no compiled module with this strategy
+            for block in self.blocks:
+                block.compile(backend="eager")
+        mesh = self.device_mesh["data_parallel"]
+        strategies.shard(self, mesh, strategy.reshard_after_forward)
+
+    @override
+    def configure_optimizers(self) -> Optimizer:
+        module = self.trainer.model or self
+        params = [p for p in module.parameters() if p.requires_grad]
+        return make_optimizer(self.case, params)
+
+
+def make_optimizer(case: cases.TrainerRun, params: list[torch.nn.Parameter]) -> Optimizer:
+    if case.optimizer == "adamw":
+        # A foreach kernel takes the tensors of one mesh only.
+        is_split = isinstance(case.strategy, cases.FSDP2) and case.strategy.tensor_parallel != 1
+        return torch.optim.AdamW(params, lr=1e-2, foreach=False if is_split else None)
+    if case.optimizer == "fused":
+        return torch.optim.AdamW(params, lr=1e-2, fused=True)
+    if case.optimizer == "sgd":
+        return torch.optim.SGD(params, lr=5e-2)
+    if case.optimizer == "momentum":
+        return torch.optim.SGD(params, lr=2e-2, momentum=0.9)
+    return torch.optim.Muon(params, lr=1e-2)
+
+
+def run(case: cases.TrainerRun) -> dict[str, Any]:
+    """Train; return what the tests compare."""
+    module, callbacks, logger = Module(case), make_callbacks(case), KeepsMetrics()
+    collectives: dict[str, int] = {}
+    kernel_calls: list[int] = []
+    trainer = make_case_trainer(case, callbacks, logger)
+    with (
+        counted_collectives(collectives, is_on=case.observe == "collectives"),
+        counted_kernel_calls(kernel_calls),
+        muon.exact_products(is_on=case.optimizer == "exact-muon"),
+        strategies.without_reshard(is_on=case.never_reshard),
+        small_kernels(),
+    ):
+        fit(trainer, module, case)
+    if case.save:
+        trainer.save_checkpoint(case.save)
+    group = trainer.optimizers[0].param_groups[0]
+    return {
+        "tensors": gather(trainer, module),
+        "group": {key: group[key] for key in group if key.startswith("ema_nesterov")},
+        "collectives": collectives,
+        "moves": [n for c in callbacks if isinstance(c, CountsMoves) for n in c.counts],
+        "kernel_calls": kernel_calls,
+        "metrics": logger.metrics,
+        "steps": [(c.before, c.after) for c in callbacks if isinstance(c, RecordsSteps)],
+    }
+
+
+def make_case_trainer(
+    case: cases.TrainerRun, callbacks: list[Callback], logger: KeepsMetrics
+) -> Trainer:
+    plugins = strategies.plugins_for(case)
+    num_validations = 1.0 if case.val_check_interval is None else case.val_check_interval
+    return make_trainer(
+        callbacks,
+        logger=logger if case.logs else False,
+        log_every_n_steps=1,
+        enable_checkpointing=case.checkpoints is not None,
+        max_epochs=case.num_steps // 2,
+        strategy=strategies.for_trainer(case.strategy),
+        devices=strategies.local_world_size(),
+        num_nodes=world_size() // strategies.local_world_size(),
+        accumulate_grad_batches=case.accumulate,
+        precision=None if plugins else case.precision,
+        plugins=plugins,
+        val_check_interval=num_validations,
+        use_distributed_sampler=False,
+    )
+
+
+def fit(trainer: Trainer, module: Module, case: cases.TrainerRun) -> None:
+    validation = None
+    if case.val_check_interval is not None:
+        validation = DataLoader(Tokens(1, rank(), world_size()), batch_size=None)
+    size = strategies.tensor_parallel_size(case.strategy)
+    tokens = Tokens(2 * case.accumulate, rank() // size, world_size() // size)
+    fitted: LightningModule = module
+    if case.compile_model and not isinstance(case.strategy, cases.FSDP2):
+        fitted = cast(LightningModule, torch.compile(module, backend="eager"))
+    trainer.fit(fitted, DataLoader(tokens, batch_size=None), validation, ckpt_path=case.load)
+
+
+@contextmanager
+def small_kernels() -> Iterator[None]:
+    """Have the compiled kernel and the compressed forms work on a small model too."""
+    with (
+        replaced(ema_joined, "_MIN_ELEMENTS", 1),
+        replaced(codecs, "_MIN_ELEMENTS", 1),
+        replaced(codecs, "BLOCK_SIZE", 4),
+    ):
+        yield
+
+
+def make_callbacks(case: cases.TrainerRun) -> list[Callback]:
+    """The method in the form that a test asks for, and what observes or saves beside it."""
+    callbacks = make_rule(case.rule)
+    if case.observe == "moves":
+        callbacks.append(CountsMoves())
+    if case.observe == "steps":
+        callbacks.append(RecordsSteps())
+    if case.checkpoints:
+        callbacks.append(
+            ModelCheckpoint(
+                case.checkpoints.folder,
+                case.checkpoints.file_name,
+                save_top_k=-1 if case.checkpoints.file_name == "{step}" else 1,
+                save_on_exception=case.fault is not None and case.fault.kind == "terminate",
+            )
+        )
+        if case.checkpoints.in_place:
+            callbacks.append(SavesInPlace())
+    if case.strategy == cases.FSDP1(checkpoint="full-unchecked"):
+        callbacks.append(SavesWholeFile())
+    return callbacks
+
+
+def make_rule(rule: cases.Rule) -> list[Callback]:
+    if rule is None:
+        return []
+    if rule == "gpa":
+        return [GPA(0.7, 0.9)]
+    if rule == "snoo":
+        return [SNOO(3, 0.8, 0.5)]
+    callback = EMANesterov(
+        0.5,
+        0.9,
+        warmup=1,
+        rest=rule.rest,
+        total_steps=rule.total_steps,
+        compile=rule.compile,
+        direction_dtype=rule.direction_dtype,
+    )
+    return [callback]
+
+
+def gather(trainer: Trainer, module: Module) -> dict[str, Tensor]:
+    """Whole parameters, base state and directions by name, on every process."""
+    root, optimizer = trainer.strategy.model, trainer.optimizers[0]
+    assert root is not None
+    Sharding(root, optimizer).reshard()
+    if isinstance(module.case.strategy, cases.FSDP1):
+        with strategies.full_state_dict_context(root):
+            weights = root.state_dict()
+            states = FullyShardedDataParallel.optim_state_dict(root, optimizer)["state"]
+    else:
+        weights = {name: full(p.detach()) for name, p in module.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+        states = {names[p]: s for p, s in optimizer.state.items()}
+    out = {f"weight.{name}": value.clone() for name, value in weights.items()}
+    for name, state in states.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                out[f"{key}.{name}"] = full(value).clone()
+    return dict(sorted(out.items()))
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
