@@ -62,8 +62,10 @@ class Projector:
 
     def is_right(self, shape: torch.Size) -> bool:
         """Whether a matrix of this shape is projected from the right."""
-        if self.proj_type in ("std", "reverse_std"):
-            return (shape[0] >= shape[1]) == (self.proj_type == "std")
+        if self.proj_type == "std":
+            return shape[0] >= shape[1]
+        if self.proj_type == "reverse_std":
+            return shape[0] < shape[1]
         return self.proj_type == "right"
 
     def projection(
