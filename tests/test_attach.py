@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_ema_nesterov import EMANesterov, attach_ema_nesterov
 from lightning_ema_nesterov.attach import EMANesterovHandle
-from lightning_ema_nesterov.core.lookahead import STEP_KEY
+from lightning_ema_nesterov.core.progress import STEP_KEY
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
 from tests.toys import (
     Batches,
