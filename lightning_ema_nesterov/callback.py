@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ema_nesterov.averages.evaluation import AtSavedAverage
+from lightning_ema_nesterov.averages.saved import (
+    SavedDirections,
+    directions_in_file,
+    directions_in_folder,
+    is_folder,
+)
+from lightning_ema_nesterov.core.lookahead import Lookahead
 from lightning_ema_nesterov.core.metrics import tag_suffixes
 from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 from lightning_ema_nesterov.rules.make import DEFAULTS, Settings
-from lightning_ema_nesterov.trainer.base_callback import LookaheadCallback
+from lightning_ema_nesterov.trainer.base_callback import LookaheadCallback, as_misconfiguration
 from lightning_ema_nesterov.trainer.questions import (
     estimate_total_steps,
     is_trial,
@@ -114,6 +124,9 @@ class EMANesterov(LookaheadCallback):
             compile=compile,
             direction_dtype=direction_dtype,
         )
+        self._trained: tuple[Lookahead, ...] = ()
+        self._saved: SavedDirections | None = None
+        self._at_saved: AtSavedAverage | None = None
 
     def __repr__(self) -> str:
         return repr(self.settings).replace(type(self.settings).__name__, type(self).__name__, 1)
@@ -146,14 +159,92 @@ class EMANesterov(LookaheadCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go to where the model is evaluated, until validation ends."""
         super().on_validation_start(trainer, pl_module)
-        if self.settings.evaluate_at == "average":
-            for lookahead in self._lookaheads:
-                lookahead.enter_average(self.settings.average_share)
+        self._enter_average(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Return to the iterate, before any other callback saves or reads it."""
-        for lookahead in self._lookaheads:
+        self._leave_average()
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go to where the model is evaluated, until the test ends."""
+        self._enter_average(trainer)
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Return to the iterate."""
+        self._leave_average()
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go to where the model predicts, until prediction ends."""
+        self._enter_average(trainer)
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Return to the iterate."""
+        self._leave_average()
+
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Return to the iterate before anyone saves a checkpoint, and take everything off."""
+        self._leave_average()
+        super().on_exception(trainer, pl_module, exception)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note the average of a checkpoint that is evaluated."""
+        is_evaluated = trainer.state.fn != TrainerFn.FITTING
+        if is_evaluated and self.settings.evaluate_at == "average" and trainer.ckpt_path:
+            path = Path(trainer.ckpt_path)
+            with as_misconfiguration():
+                self._saved = (
+                    directions_in_folder(path)
+                    if is_folder(path)
+                    else directions_in_file(checkpoint)
+                )
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take everything off again; what was trained can be evaluated at its average."""
+        if stage == "fit":
+            self._trained = self.lookaheads
+        self._saved = None
+        super().teardown(trainer, pl_module, stage)
+
+    def _enter_average(self, trainer: Trainer) -> None:
+        if self.settings.evaluate_at != "average":
+            return
+        share = self.settings.average_share
+        if self._saved is not None:
+            with as_misconfiguration():
+                self._at_saved = AtSavedAverage(trainer.lightning_module, self._saved, share)
+            return
+        own = set(trainer.lightning_module.parameters())
+        lookaheads = self._lookaheads or [
+            lookahead
+            for lookahead in self._trained
+            if any(p in own for p in lookahead.rule.store.all_params())
+        ]
+        for lookahead in lookaheads:
+            lookahead.rule.store.follow_params()
+            lookahead.enter_average(share)
+        if not lookaheads:
+            rank_zero_warn(
+                "EMANesterov has no average to evaluate at, and the weights are taken as they are: "
+                "evaluate after fit, or give ckpt_path of a checkpoint that was made with it."
+            )
+
+    def _leave_average(self) -> None:
+        if self._at_saved is not None:
+            self._at_saved.leave()
+            self._at_saved = None
+        for lookahead in (*self._lookaheads, *self._trained):
             lookahead.leave_average()
 
     @override

@@ -70,6 +70,12 @@ class StateStore:
         """Set tensors of a parameter."""
         self.base_optimizer.state[p].update(state)
 
+    def follow_params(self) -> None:
+        """Move the tensors to the devices of their parameters: the Trainer moves them after fit."""
+        for p in self.known_params():
+            state = self.base_optimizer.state[p]
+            state.update({key: state[key].to(p.device) for key in self.keys if key in state})
+
     def drop(self, p: Tensor) -> None:
         """Remove the tensors of a parameter."""
         state = self.base_optimizer.state.get(p, {})

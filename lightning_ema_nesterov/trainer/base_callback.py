@@ -31,7 +31,7 @@ from lightning_ema_nesterov.trainer.questions import (
     window_continues,
 )
 
-__all__ = ["LookaheadCallback"]
+__all__ = ["LookaheadCallback", "as_misconfiguration"]
 
 
 class LookaheadCallback(Callback, ABC):
@@ -113,7 +113,7 @@ class LookaheadCallback(Callback, ABC):
         # may make in hooks that come after this one.
         asleep = LookaheadSchedule(0.0)
         for optimizer in trainer.optimizers:
-            with _as_misconfiguration():
+            with as_misconfiguration():
                 rule = self.make_rule(trainer, optimizer)
             lookahead = Lookahead(rule, asleep, module=trainer.strategy.model)
             self._detach.callback(lookahead.detach)
@@ -132,7 +132,7 @@ class LookaheadCallback(Callback, ABC):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the schedule; continue a checkpoint made without the callback at its step."""
-        with _as_misconfiguration():
+        with as_misconfiguration():
             schedule = self.make_schedule(trainer)
         for lookahead in self._lookaheads:
             lookahead.schedule = schedule
@@ -230,7 +230,8 @@ class LookaheadCallback(Callback, ABC):
 
 
 @contextmanager
-def _as_misconfiguration() -> Iterator[None]:
+def as_misconfiguration() -> Iterator[None]:
+    """Raise what is wrong with an argument as an error of the Trainer's configuration."""
     try:
         yield
     except ValueError as error:
@@ -242,7 +243,7 @@ def _prepare_to_load(lookahead: Lookahead, names: list[str]) -> None:
         return any(name.endswith(key) for name in names)
 
     if has(lookahead.rule.keys[0]):
-        with _as_misconfiguration():
+        with as_misconfiguration():
             lookahead.rule.check_checkpoint(has)
     else:
         lookahead.detach(leaves_progress=False)

@@ -17,7 +17,7 @@ from tests.toys import Toy, ema_nesterov, loader, make_trainer
 
 DECAY = 0.9
 # Of the distance to the iterate, which is small beside the weights: their rounding in float32 is
-# 1e-7 of them. int8 cuts a direction to 0.4 % of the largest in its block, bfloat16 to 0.4 % of each.
+# 1e-7 of them. int8 cuts a direction to 0.4 % of the largest in a block, bfloat16 to 0.4 % of each.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}
 
 

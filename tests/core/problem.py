@@ -36,7 +36,7 @@ def train(lookahead: Lookahead, params: list[nn.Parameter], num_steps: int) -> N
     for _ in range(num_steps):
         lookahead.base_optimizer.zero_grad()
         lookahead.extrapolate()
-        loss_of(params).backward()
+        torch.autograd.backward(loss_of(params))
         lookahead.base_optimizer.step()
 
 

@@ -200,6 +200,7 @@ def test_loading_in_a_window_loses_and_shifts_nothing(what: str) -> None:
 def test_compiled_modules_look_ahead(order: str) -> None:
     model, twin = make_model(), make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    called: Any
     if order == "attach first":
         handle = attach(model, optimizer)
         called = torch.compile(model, backend="eager")

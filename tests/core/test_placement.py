@@ -65,7 +65,7 @@ def test_exception_in_the_closure_leaves_y_to_be_retracted(attach: Attach) -> No
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[arg-type]  # it returns a tensor
     assert not equal(params, x)
     lookahead.retract()
     assert relative_error(params, x) < 1e-7
@@ -167,7 +167,7 @@ def test_at_iterate_inside_a_forward_pass_leaves_the_graph_intact(attach: Attach
     with lookahead.at_iterate():
         assert relative_error(params, x) < 1e-7
     lookahead.base_optimizer.zero_grad()
-    loss.backward()  # saved tensors are whole and unmarked
+    torch.autograd.backward(loss)  # saved tensors are whole and unmarked
     expected = torch.autograd.grad(loss_of(params), params)
     assert equal([p.grad for p in params if p.grad is not None], expected)
 
@@ -182,7 +182,7 @@ def test_step_skipped_by_the_scaler_changes_nothing(attach: Attach, fused: bool,
     def step(factor: float) -> None:
         optimizer.zero_grad()
         lookahead.extrapolate()
-        scaler.scale(loss_of(params) * factor).backward()
+        torch.autograd.backward(scaler.scale(loss_of(params) * factor))
         scaler.step(optimizer)
         scaler.update()
 

@@ -127,7 +127,7 @@ def test_directions_of_another_dtype_are_converted(attach: Attach) -> None:
 def test_state_made_without_the_method_starts_with_a_zero_direction(attach: Attach) -> None:
     params = start()
     plain = adamw(params)
-    loss_of(params).backward()
+    torch.autograd.backward(loss_of(params))
     plain.step()
     fresh = attach(adamw(params))
     fresh.base_optimizer.load_state_dict(plain.state_dict())
@@ -185,7 +185,7 @@ def test_a_real_step_with_learning_rates_of_zero_is_a_step(attach: Attach) -> No
     m = [direction(lookahead, p).clone() for p in params]
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.zero_grad()
-    loss_of(params).backward()
+    torch.autograd.backward(loss_of(params))
     optimizer.step()  # no extrapolation before it
     assert lookahead.step_idx == 4
     for p, m_p in zip(params, m, strict=True):

@@ -76,7 +76,7 @@ def test_other_decays_and_step_sizes_match_the_reference_after_an_exception(
     lookahead = attach(optimizer, lookahead_step_size=step_size, ema_decay=ema_decay)
     train(lookahead, params, 10)
     lookahead.extrapolate()
-    loss_of(params).backward()
+    torch.autograd.backward(loss_of(params))
     lookahead._begin_step()
     lookahead.retract()  # the step raised before it changed a parameter
     lookahead.extrapolate()
@@ -97,7 +97,7 @@ def test_zero_step_size_matches_base_optimizer_bitwise(
     optimizer = adamw(plain)
     for _ in range(20):
         optimizer.zero_grad()
-        loss_of(plain).backward()
+        torch.autograd.backward(loss_of(plain))
         optimizer.step()
     assert equal(params, plain)
     treated = start(dtype)
@@ -193,12 +193,12 @@ def test_hooks_that_fire_twice_count_once(attach: Attach, with_closure: bool) ->
         optimizer.zero_grad()
         lookahead.extrapolate()
         loss = loss_of(params)
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
 
     for _ in range(10):
         if with_closure:
-            optimizer.step(closure)
+            optimizer.step(closure)  # type: ignore[arg-type]  # it returns a tensor
         else:
             closure()
             optimizer.step()
@@ -210,7 +210,7 @@ def test_hooks_that_fire_twice_count_once(attach: Attach, with_closure: bool) ->
 @pytest.mark.parametrize("keyword", [False, True])
 def test_lbfgs_calls_its_closure_many_times(attach: Attach, keyword: bool) -> None:
     params = start(torch.float64)
-    optimizer = torch.optim.LBFGS(params, lr=0.1, max_iter=4)
+    optimizer: Any = torch.optim.LBFGS(params, lr=0.1, max_iter=4)
     lookahead = attach(optimizer)
     points: list[Tensor] = []
 
@@ -219,7 +219,7 @@ def test_lbfgs_calls_its_closure_many_times(attach: Attach, keyword: bool) -> No
         lookahead.extrapolate()
         points.append(params[0].detach().clone())
         loss = loss_of(params)
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
 
     for _ in range(5):

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from optimizers.tiny import TinyLM, equal, random_gradients, snapshot, state_elements, train
 from torch import Tensor
 
 from lightning_ema_nesterov.optimizers import ClippedSGD, groups_by_role
+from tests.optimizers.tiny import TinyLM, equal, random_gradients, snapshot, state_elements, train
 
 LR, MU, LIMIT, THRESHOLD = 0.05, 0.9, 5e-4, 0.05
 

@@ -8,17 +8,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from optimizers.tiny import (
-    OPTIMIZERS,
-    TinyLM,
-    equal,
-    largest_difference,
-    loss_of,
-    snapshot,
-    started,
-    through_a_file,
-    train,
-)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -30,6 +19,17 @@ from typing_extensions import override
 
 from lightning_ema_nesterov import EMANesterov, attach_ema_nesterov
 from lightning_ema_nesterov.optimizers import groups_by_role
+from tests.optimizers.tiny import (
+    OPTIMIZERS,
+    TinyLM,
+    equal,
+    largest_difference,
+    loss_of,
+    snapshot,
+    started,
+    through_a_file,
+    train,
+)
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 WITH_RANK = [name for name in OPTIMIZERS if name not in ("scale", "clipped_sgd")]

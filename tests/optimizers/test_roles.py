@@ -9,11 +9,11 @@ import pytest
 import torch
 from litgpt import GPT, Config
 from litgpt.model import Block
-from optimizers.tiny import TinyLM
 from torch import Tensor, nn
 
 from lightning_ema_nesterov.optimizers import groups_by_role
 from lightning_ema_nesterov.optimizers.roles import RoleGroups
+from tests.optimizers.tiny import TinyLM
 
 
 def names(groups: RoleGroups) -> dict[str, list[str]]:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizers.tiny import HIDDEN, VOCAB, WIDTH, TinyLM, random_gradients, state_elements, train
 from torch import Tensor, nn
 
 from lightning_ema_nesterov.optimizers import SCALE, groups_by_role
+from tests.optimizers.tiny import (
+    HIDDEN,
+    VOCAB,
+    WIDTH,
+    TinyLM,
+    random_gradients,
+    state_elements,
+    train,
+)
 
 LR, ADAM_LR, MU, DECAY = 1e-2, 3e-2, 0.9, 0.1
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8

@@ -1,0 +1,105 @@
+"""Validation, test and prediction at the average outside of fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from tests.toys import Toy, adamw, ema_nesterov, equal, loader, make_trainer, snapshot
+
+
+class Evaluated(Toy):
+    """Notes the parameters that each kind of evaluation sees."""
+
+    def __init__(self) -> None:
+        super().__init__(adamw)
+        self.seen: dict[str, list[Tensor]] = {}
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.seen["validate"] = snapshot(self)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("test_loss", self(batch))
+        self.seen["test"] = snapshot(self)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.seen["predict"] = snapshot(self)
+        loss: Tensor = self(batch)
+        return loss
+
+
+def fitted(folder: Path, **kwargs: Any) -> tuple[Evaluated, Trainer, list[Tensor]]:
+    module = Evaluated()
+    checkpoint = ModelCheckpoint(folder, filename="last")
+    callback = ema_nesterov(evaluate_at="average", **kwargs)
+    trainer = make_trainer([callback, checkpoint], max_epochs=1, enable_checkpointing=True)
+    trainer.fit(module, loader(12), loader(2))
+    average = module.seen.pop("validate")
+    assert not torch.allclose(average[0], snapshot(module)[0], rtol=1e-2)
+    return module, trainer, average
+
+
+def evaluate(trainer: Trainer, module: Evaluated, **kwargs: Any) -> dict[str, list[Tensor]]:
+    module.seen.clear()
+    trainer.validate(module, loader(2), verbose=False, **kwargs)
+    trainer.test(module, loader(2), verbose=False, **kwargs)
+    trainer.predict(module, loader(2), **kwargs)
+    return module.seen
+
+
+@pytest.mark.parametrize("direction_dtype", ["float32", "bfloat16"])
+def test_after_fit_every_evaluation_sees_the_average(tmp_path: Path, direction_dtype: str) -> None:
+    module, trainer, average = fitted(tmp_path, direction_dtype=direction_dtype)
+    x = snapshot(module)
+    seen = evaluate(trainer, module)
+    assert set(seen) == {"validate", "test", "predict"}
+    for params in seen.values():
+        assert equal(params, average)
+    assert equal(snapshot(module), x)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    saved = torch.load(tmp_path / "after.ckpt", weights_only=False)
+    assert equal([*saved["state_dict"].values()], x)
+
+
+def test_a_checkpoint_is_evaluated_at_its_average(tmp_path: Path) -> None:
+    module, _, average = fitted(tmp_path)
+    x = snapshot(module)
+    fresh = Evaluated()
+    trainer = make_trainer(ema_nesterov(evaluate_at="average", average_share=1.0))
+    options = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": False}
+    for params in evaluate(trainer, fresh, **options).values():
+        torch.testing.assert_close(params, average, rtol=1e-6, atol=1e-7)
+    assert equal(snapshot(fresh), x)
+
+
+def test_the_checkpoint_counts_and_not_what_was_trained(tmp_path: Path) -> None:
+    module, trainer, average = fitted(tmp_path)
+    more = make_trainer(ema_nesterov(evaluate_at="average"), max_epochs=3)
+    more.fit(module, loader(12))
+    assert not equal(snapshot(module), average)
+    options = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": False}
+    for params in evaluate(more, module, **options).values():
+        torch.testing.assert_close(params, average, rtol=1e-6, atol=1e-7)
+    assert trainer.global_step == 12
+
+
+def test_without_an_average_the_weights_are_taken_and_that_is_said(tmp_path: Path) -> None:
+    module = Evaluated()
+    x = snapshot(module)
+    trainer = make_trainer(ema_nesterov(evaluate_at="average"))
+    with pytest.warns(UserWarning, match="has no average to evaluate at"):
+        seen = evaluate(trainer, module)
+    assert all(equal(params, x) for params in seen.values())
+    plain = make_trainer(max_epochs=1)
+    plain.fit(module, loader(4))
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(MisconfigurationException, match="must be made with EMA-Nesterov"):
+        evaluate(trainer, module, ckpt_path=tmp_path / "plain.ckpt", weights_only=False)
