@@ -6,6 +6,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -159,7 +160,7 @@ def _save(path: Path) -> None:
 
 def draw_all(folder: Path) -> list[Path]:
     """Draw all figures into a folder."""
-    style = {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "ema"}
+    style: Any = {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "ema"}
     with mpl.rc_context(style):
         paths = [folder / name for name in ("run.svg", "step.svg", "results.svg")]
         for path, draw in zip(paths, (draw_run, draw_step, draw_results), strict=True):

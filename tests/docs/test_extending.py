@@ -57,6 +57,7 @@ def test_the_added_files_pass_their_tests_and_doctests(extended: Path) -> None:
     assert int(re.findall(r"(\d+) passed", output)[0]) >= 13
 
 
+@pytest.mark.slow
 def test_a_broken_rule_is_noticed_by_its_test(extended: Path, tmp_path: Path) -> None:
     """So the tests of the page are none that pass empty."""
     folder = tmp_path / "broken"
