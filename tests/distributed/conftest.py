@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cases import EMA, BaseOptimizer, OneProcess, TrainerRun
+from tests.distributed.cases import EMA, OneProcess, TrainerRun
 from tests.distributed.processes import Results, launch
-
-BASES: tuple[BaseOptimizer, ...] = ("adamw", "sgd", "momentum")
+from tests.distributed.runs import BASES
 
 
 @pytest.fixture(scope="session")

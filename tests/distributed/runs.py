@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.distributed.cases import DDP, FSDP1, FSDP2, Strategy, TrainerRun
+from tests.distributed.cases import DDP, FSDP1, FSDP2, BaseOptimizer, Strategy, TrainerRun
+
+BASES: tuple[BaseOptimizer, ...] = ("adamw", "sgd", "momentum")
 
 # Where parameters and what is kept for them can be.
 STRATEGIES: dict[str, Strategy] = {

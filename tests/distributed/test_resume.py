@@ -21,10 +21,9 @@ from tests.distributed.cases import (
     named,
     stopped_and_resumed,
 )
-from tests.distributed.conftest import BASES
+from tests.distributed.oracle import oracle
 from tests.distributed.processes import Result, Results, difference, launch
-from tests.distributed.runs import FORMATS, SAVED
-from tests.distributed.test_trajectory import oracle
+from tests.distributed.runs import BASES, FORMATS, SAVED
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
