@@ -139,7 +139,16 @@ def test_extrapolate_outside_of_fit_is_refused() -> None:
         ema_nesterov().extrapolate(sgd(Toy(sgd).parameters()))
 
 
-def test_accumulation_over_batches_and_epochs_keeps_one_window() -> None:
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        ("on_validation_start", "on_train_epoch_end"),
+        ("on_validation_start", "on_train_epoch_end", "on_train_batch_end"),
+    ],
+)
+def test_accumulation_over_batches_and_epochs_keeps_one_window(hooks: tuple[str, ...]) -> None:
+    """Whoever looks in it: at the ends of epochs only, or after each batch too."""
+
     class Accumulates(Toy):
         def __init__(self) -> None:
             super().__init__(sgd)
@@ -157,8 +166,7 @@ def test_accumulation_over_batches_and_epochs_keeps_one_window() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    module = Accumulates()
-    recorder = Recorder("on_train_batch_end", "on_validation_start", "on_train_epoch_end")
+    module, recorder = Accumulates(), Recorder(*hooks)
     callback = EMANesterov(0.5, 0.9, warmup=0, rest=0.5, total_steps=8)
     trainer = make_trainer([callback, recorder], max_epochs=2, val_check_interval=5)
     trainer.fit(module, loader(14), loader(1))
