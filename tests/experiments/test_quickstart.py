@@ -18,7 +18,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from lightning_ema_nesterov.cli import main
 from lightning_ema_nesterov.experiments.event_files import read_scalar
 from lightning_ema_nesterov.experiments.model import ByteLanguageModel, trapezoid
-from lightning_ema_nesterov.litgpt.data.corpus import evenly_spaced, load_corpus, shuffled
+from lightning_ema_nesterov.litgpt.data.corpus import load_corpus
+from lightning_ema_nesterov.litgpt.data.windows import evenly_spaced, shuffled
 
 COMMAND = [sys.executable, "-m", "lightning_ema_nesterov.cli", "quickstart"]
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_ema_nesterov.litgpt import by_role, ema_nesterov, warmup_stable_decay
-from lightning_ema_nesterov.litgpt.data.shards import TextBytes
+from lightning_ema_nesterov.litgpt import TextBytes
 from lightning_ema_nesterov.litgpt.lr_schedule import WarmupStableDecay
 from lightning_ema_nesterov.litgpt.roles import roles_of
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer
