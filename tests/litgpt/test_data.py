@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_ema_nesterov.litgpt import StdlibBytes, TextBytes, TokenShards
-from lightning_ema_nesterov.litgpt.data import corpus, windows
 from lightning_ema_nesterov.litgpt.data import bytes as data_module
+from lightning_ema_nesterov.litgpt.data import corpus, windows
 from lightning_ema_nesterov.litgpt.data.corpus import load_corpus
 from lightning_ema_nesterov.litgpt.data.windows import WindowLoader, fixed_windows
 

@@ -25,11 +25,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_ema_nesterov.litgpt import by_role, ema_nesterov, warmup_stable_decay
-from lightning_ema_nesterov.litgpt import TextBytes
-from lightning_ema_nesterov.litgpt.lr_schedule import WarmupStableDecay
+from lightning_ema_nesterov.litgpt import TextBytes, by_role, ema_nesterov, warmup_stable_decay
 from lightning_ema_nesterov.litgpt.roles import roles_of
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer
+from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
 from tests.core import reference
 from tests.toys import equal, relative_error
