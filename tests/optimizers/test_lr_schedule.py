@@ -57,7 +57,13 @@ def test_fractions_give_the_lower_of_two_lines_bitwise(warmup: float, decay: flo
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
-    kwargs: dict[str, Any] = {"lr": 0.8, "min_lr": 0.1, "warmup_steps": 2, "decay_steps": 7, "total_steps": 8}
+    kwargs: dict[str, Any] = {
+        "lr": 0.8,
+        "min_lr": 0.1,
+        "warmup_steps": 2,
+        "decay_steps": 7,
+        "total_steps": 8,
+    }
     WarmupStableDecay(**kwargs)
     with pytest.raises(ValueError, match=message):
         WarmupStableDecay(**{**kwargs, **changes})
