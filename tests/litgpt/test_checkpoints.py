@@ -109,6 +109,7 @@ def test_killed_run_continues_bitwise(stock: Path) -> None:
         assert scalars(stock / "cut", tag) == scalars(stock / "whole", tag)
 
 
+@pytest.mark.slow
 def test_litgpt_converts_and_generates_from_a_checkpoint(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

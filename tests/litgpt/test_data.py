@@ -29,6 +29,7 @@ def write_shard(
     path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
 
 
+@pytest.mark.slow
 def test_standard_library_is_the_corpus_of_the_quickstart(tmp_path: Path) -> None:
     data = StdlibBytes(cache_dir=tmp_path)
     data.connect(batch_size=2, max_seq_length=64)

@@ -145,6 +145,7 @@ def test_zero_step_size_matches_the_base_optimizer_bitwise(run: Run) -> None:
     assert not equal(weights(plain.parent / "treated/final"), weights(plain / "final"))
 
 
+@pytest.mark.slow
 def test_forms_that_cost_less_train_and_save_alike(run: Run) -> None:
     """In LitGPT's loop the end of an update waits; bfloat16 and int8 round."""
     outs = {

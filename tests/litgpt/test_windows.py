@@ -71,8 +71,13 @@ def test_fabric_leaves_the_order_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def set_up(loader: DataLoader[Tensor]) -> DataLoader[Tensor]:
         return cast("DataLoader[Tensor]", fabric.setup_dataloaders(loader))
 
+    def resumed() -> WindowLoader:
+        loader = make_loader()
+        loader.load_state_dict({**loader.state_dict(), "epoch": 4})
+        return loader
+
     fixed = fixed_windows(PARTS, window_size=4, batch_size=2)
-    for loader, expected in ((set_up(make_loader()), make_loader()), (set_up(fixed), fixed)):
+    for loader, expected in ((set_up(resumed()), resumed()), (set_up(fixed), fixed)):
         for _ in range(3):  # epochs
             assert torch.equal(torch.cat(list(loader)), torch.cat(list(expected)))
     replaced = set_up(DataLoader(fixed.dataset, batch_size=2))
