@@ -20,20 +20,26 @@ from tests.litgpt.runs import (
     start,
     weights,
     with_lookahead,
+    write_config,
 )
 from tests.toys import equal, relative_error
 
 pytestmark = pytest.mark.slow
 
 
-def test_two_processes_equal_one(run: Run, folder: Path) -> None:
+def test_two_processes_equal_one_bitwise(run: Run, folder: Path) -> None:
     """DDP through the launcher, with Muon, which LitGPT's own FSDP1 cannot run."""
-    one = run(out_dir="one", optimizer=flat(with_lookahead(BY_ROLE)))
+    optimizer = flat(with_lookahead(BY_ROLE))
+    one = run(out_dir="one", optimizer=optimizer)
+    plain = run(out_dir="plain", optimizer=flat(BY_ROLE))
+    write_config(folder, optimizer=optimizer)
     arguments = ("--config", "config.yaml", "--devices", "2", "--out_dir", "two")
     options = ("--strategy", "ddp", "--train.save_interval", "20")
     finish(start(*arguments, *options, folder=folder, program="ema-nesterov"))
-    # Muon orthogonalises in bfloat16.
-    assert relative_error(weights(folder / "two/final"), weights(one / "final")) < 1e-4
+    # Micro-batches are as large as in one process, and two halves have one sum: nothing rounds
+    # otherwise, also where Muon's products are in bfloat16 and CPUs differ.
+    assert equal(weights(folder / "two/final"), weights(one / "final"))
+    assert relative_error(weights(plain / "final"), weights(one / "final")) > 1e-2
     losses, expected = (scalars(out, "val_loss") for out in (folder / "two", one))
     assert list(losses.values()) == pytest.approx(list(expected.values()), abs=1e-5)
 
