@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_ema_nesterov.litgpt.data.corpus import evenly_spaced, load_corpus
+from lightning_ema_nesterov.litgpt.data.corpus import load_corpus
+from lightning_ema_nesterov.litgpt.data.windows import RandomWindows, Windows, evenly_spaced
 
 __all__ = ["TextWindows"]
 
@@ -50,8 +50,9 @@ class TextWindows(LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Return batches of shape ``(batch_size, window_size + 1)``."""
-        windows = _RandomWindows(self.corpus.train, self.window_size, torch.initial_seed())
-        return DataLoader(windows, batch_size=self.batch_size)
+        windows = Windows([self.corpus.train.numpy()], self.window_size)
+        order = RandomWindows(windows, seed=torch.initial_seed())
+        return DataLoader(windows, batch_size=self.batch_size, sampler=order)
 
     @override
     def val_dataloader(self) -> DataLoader[Tensor]:
@@ -62,17 +63,3 @@ class TextWindows(LightningDataModule):
             num_windows=self.num_validation_windows,
         )
         return DataLoader(held_out, batch_size=128)
-
-
-class _RandomWindows(IterableDataset[Tensor]):
-    def __init__(self, data: Tensor, window_size: int, seed: int) -> None:
-        self.data = data
-        self.window_size = window_size
-        self.seed = seed
-
-    @override
-    def __iter__(self) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        while True:
-            start = int(torch.randint(len(self.data) - self.window_size, (), generator=generator))
-            yield self.data[start : start + self.window_size + 1].long()

@@ -14,7 +14,9 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 from typing_extensions import override
 
-__all__ = ["ByteDecoder", "ByteLanguageModel", "trapezoid"]
+from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
+
+__all__ = ["ByteDecoder", "ByteLanguageModel"]
 
 NUM_BYTES = 256
 
@@ -92,30 +94,12 @@ class ByteLanguageModel(ByteDecoder):
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.1
         )
-        scheduler = LambdaLR(optimizer, lambda step: trapezoid(step, self.num_steps))
+        schedule = WarmupStableDecay.of_fractions(self.num_steps, warmup=0.05, decay=0.3)
+        scheduler = LambdaLR(optimizer, lambda step_idx: schedule.lr_at(step_idx))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-
-def trapezoid(step_idx: int, num_steps: int, *, warmup: float = 0.05, decay: float = 0.3) -> float:
-    """Return the learning rate over its peak: linearly up, constant, linearly down to 0.
-
-    Args:
-        step_idx: Optimizer steps taken so far.
-        num_steps: Optimizer steps of the run.
-        warmup: Fraction of the run in which it rises, in [0, 1].
-        decay: Fraction of the run in which it falls, in [0, 1].
-
-    Example:
-        >>> [trapezoid(step_idx, 100) for step_idx in (0, 4, 50, 85, 100)]
-        [0.2, 1.0, 1.0, 0.5, 0.0]
-    """
-    num_warmup_steps = max(1, round(warmup * num_steps))
-    up = min(1.0, (step_idx + 1) / num_warmup_steps)
-    num_decay_steps = round(decay * num_steps)
-    return min(up, (num_steps - step_idx) / num_decay_steps) if num_decay_steps else up
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

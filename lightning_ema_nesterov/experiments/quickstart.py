@@ -24,7 +24,8 @@ from lightning_ema_nesterov.experiments.event_files import (
     read_scalar,
 )
 from lightning_ema_nesterov.experiments.model import ByteLanguageModel
-from lightning_ema_nesterov.litgpt.data.corpus import Corpus, evenly_spaced, load_corpus, shuffled
+from lightning_ema_nesterov.litgpt.data.corpus import Corpus, load_corpus
+from lightning_ema_nesterov.litgpt.data.windows import evenly_spaced, shuffled
 
 __all__ = ["Settings", "run_quickstart"]
 

@@ -2,80 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
-from typing_extensions import override
 
 from lightning_ema_nesterov.litgpt.run import find_module
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer
+from lightning_ema_nesterov.optimizers.per_role import OptimizerPerRole
 
-__all__ = ["OptimizerPerRole", "by_role", "roles_of"]
+__all__ = ["by_role", "roles_of"]
 
 _HEADS = ("lm_head", "head", "output")
-_HIDDEN = "hidden matrix"
 _WRAPPERS = {"_forward_module", "_orig_mod", "_fsdp_wrapped_module", "module"}
-_Role = tuple[str, str]
-
-
-class OptimizerPerRole(Optimizer):
-    """Several optimizers as one, each with one parameter group.
-
-    All groups show the learning rate of the first: a trainer that writes one learning rate into all
-    groups, as LitGPT does, moves all of them, and each keeps its ratio to the first.
-
-    Args:
-        optimizers: Optimizers of disjoint parameters, with one group and an ``lr`` above 0 each.
-            They belong to this one afterwards.
-
-    Raises:
-        ValueError: If an optimizer has several groups or an ``lr`` that is not above 0.
-    """
-
-    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
-        self._optimizers = list(optimizers)
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        if len(groups) != len(self._optimizers):
-            raise ValueError(f"Each optimizer must have one parameter group, got {len(groups)}.")
-        lrs = [float(group["lr"]) for group in groups]
-        if min(lrs) <= 0:
-            raise ValueError(f"The learning rate of each role must be above 0, got {lrs}.")
-        self._lr_ratios = [lr / lrs[0] for lr in lrs]
-        super().__init__(groups, {"lr": lrs[0]})
-        for group in self.param_groups:
-            group["lr"] = lrs[0]
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @override
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Step all optimizers."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for optimizer, group, ratio in zip(
-            self._optimizers, self.param_groups, self._lr_ratios, strict=True
-        ):
-            # Loading a checkpoint puts new objects in the place of these.
-            optimizer.param_groups, optimizer.state = [group], self.state
-            lr = group["lr"]
-            group["lr"] = lr * ratio
-            try:
-                optimizer.step()
-            finally:
-                group["lr"] = lr
-        return loss
 
 
 def by_role(
@@ -117,16 +59,17 @@ def by_role(
             "model.parameters() as it is, not a list."
         )
     roles = roles_of(module)
-    hidden = [p for p, (role, _) in roles.items() if role == _HIDDEN]
-    rest = [p for p, (role, _) in roles.items() if role != _HIDDEN]
+    hidden = roles.get("hidden", {})
+    # Their order is the model's: it is that of the state in a checkpoint.
+    rest = [p for p in module.parameters() if all(p is not q for q in hidden.values())]
     if not hidden or not rest:
         raise ValueError(
             f"by_role needs hidden matrices and other parameters, and this model has {len(hidden)} "
             f"and {len(rest)}. Name one optimizer for all of them."
         )
-    _check_shapes(hidden, roles)
+    _check_shapes(hidden)
     # The Muons of pytorch_optimizer want to be told that a group is not for their AdamW.
-    for_hidden = [{"params": hidden, "use_muon": True}]
+    for_hidden = [{"params": [*hidden.values()], "use_muon": True}]
     optimizers = [
         build_optimizer(hidden_matrices, for_hidden, argument="hidden_matrices", fused=fused),
         build_optimizer(others, rest, argument="others", fused=fused),
@@ -135,38 +78,39 @@ def by_role(
     return OptimizerPerRole(optimizers)
 
 
-def roles_of(module: nn.Module) -> dict[nn.Parameter, _Role]:
-    """Return the role and the name of each parameter.
+def roles_of(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Return the parameters of each role by their names.
 
-    The head is a linear layer whose last name is ``lm_head``, ``head`` or ``output``; an embedding
-    that is a linear layer's weight as well is tied. The weights of all other linear layers are
-    hidden matrices.
+    The head is a linear layer whose last name is ``lm_head``, ``head`` or ``output``, or that is
+    tied to an embedding. The weights of all other linear layers are ``hidden``.
 
     Example:
-        >>> model = nn.ModuleDict({"hidden": nn.Linear(2, 3), "lm_head": nn.Linear(3, 8)})
-        >>> [role for role, _ in roles_of(model).values()]
-        ['hidden matrix', 'vector', 'head', 'vector']
+        >>> model = nn.ModuleDict({"up": nn.Linear(2, 3), "lm_head": nn.Linear(3, 8, bias=False)})
+        >>> {role: [*params] for role, params in roles_of(model).items()}
+        {'hidden': ['up.weight'], 'other': ['up.bias'], 'head': ['lm_head.weight']}
     """
     modules = [(name, m) for name, m in module.named_modules() if hasattr(m, "weight")]
     linear = {m.weight: name for name, m in modules if isinstance(m, nn.Linear)}
     embeddings = {m.weight for _, m in modules if isinstance(m, nn.Embedding)}
 
     def role_of(p: nn.Parameter) -> str:
-        if p in embeddings:
-            return "tied embedding" if p in linear else "embedding"
         if p in linear:
-            return "head" if linear[p].rpartition(".")[2] in _HEADS else _HIDDEN
-        return "vector" if p.ndim < 2 else "other tensor"
+            is_head = p in embeddings or linear[p].rpartition(".")[2] in _HEADS
+            return "head" if is_head else "hidden"
+        return "embedding" if p in embeddings else "other"
 
-    return {p: (role_of(p), _plain(name)) for name, p in module.named_parameters()}
+    roles: dict[str, dict[str, nn.Parameter]] = {}
+    for name, p in module.named_parameters():
+        roles.setdefault(role_of(p), {})[_plain(name)] = p
+    return roles
 
 
 def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _check_shapes(hidden: Sequence[nn.Parameter], roles: Mapping[nn.Parameter, _Role]) -> None:
-    flat = [roles[p][1] for p in hidden if p.ndim != 2]
+def _check_shapes(hidden: Mapping[str, nn.Parameter]) -> None:
+    flat = [name for name, p in hidden.items() if p.ndim != 2]
     if flat:
         raise RuntimeError(
             f"{len(flat)} of {len(hidden)} hidden matrices are flat shards (first: {flat[0]!r}), "
@@ -176,13 +120,14 @@ def _check_shapes(hidden: Sequence[nn.Parameter], roles: Mapping[nn.Parameter, _
         )
 
 
-def _describe(roles: Mapping[nn.Parameter, _Role], for_hidden: str, for_others: str) -> str:
+def _describe(
+    roles: Mapping[str, Mapping[str, nn.Parameter]], for_hidden: str, for_others: str
+) -> str:
     lines = ["Roles of the parameters:"]
-    for role in dict.fromkeys(role for role, _ in roles.values()):
-        params = [p for p, found in roles.items() if found[0] == role]
-        optimizer = for_hidden if role == _HIDDEN else for_others
+    for role, params in roles.items():
+        optimizer = for_hidden if role == "hidden" else for_others
         lines.append(
-            f"  {role}: {len(params)} with {sum(p.numel() for p in params):,} elements, "
-            f"{optimizer} (first: {roles[params[0]][1]})"
+            f"  {role}: {len(params)} with {sum(p.numel() for p in params.values()):,} elements, "
+            f"{optimizer} (first: {next(iter(params))})"
         )
     return "\n".join(lines)

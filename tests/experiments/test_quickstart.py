@@ -17,8 +17,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_ema_nesterov.cli import main
 from lightning_ema_nesterov.experiments.event_files import read_scalar
-from lightning_ema_nesterov.experiments.model import ByteLanguageModel, trapezoid
-from lightning_ema_nesterov.litgpt.data.corpus import evenly_spaced, load_corpus, shuffled
+from lightning_ema_nesterov.experiments.model import ByteLanguageModel
+from lightning_ema_nesterov.litgpt.data.corpus import load_corpus
+from lightning_ema_nesterov.litgpt.data.windows import evenly_spaced, shuffled
 
 COMMAND = [sys.executable, "-m", "lightning_ema_nesterov.cli", "quickstart"]
 
@@ -137,14 +138,6 @@ def test_model_sees_only_the_past() -> None:
         first, second = model.model(window), model.model(changed % 256)
     assert torch.equal(first[0, :40], second[0, :40])
     assert not torch.equal(first[0, 40:], second[0, 40:])
-
-
-def test_learning_rate_is_a_trapezoid() -> None:
-    values = [trapezoid(step_idx, 1000) for step_idx in range(1001)]
-    assert values[0] == 1 / 50
-    assert values[49:701] == [1.0] * 652
-    assert values[850] == 0.5
-    assert values[1000] == 0.0
 
 
 def test_quickstart_trains_compares_and_draws(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """LitGPT on two CPU processes, with FSDP1, which it uses on several GPUs, and with FSDP2.
 
-Run by torchrun from test_litgpt.py, in the folder of its runs: all cases in the same processes.
+Run by torchrun for test_processes.py, in the folder of its runs: all cases in the same processes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Windows of text for LitGPT: their order, their state, and what is wrong with a file."""
+"""Data modules for LitGPT: what they read and write, and what is wrong with a file."""
 
 from __future__ import annotations
 
-import io
-from collections import Counter
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_ema_nesterov.litgpt import StdlibBytes, TextBytes, TokenShards
-from lightning_ema_nesterov.litgpt.data import corpus, windows
-from lightning_ema_nesterov.litgpt.data import shards as data_module
+from lightning_ema_nesterov.litgpt.data import bytes as data_module
+from lightning_ema_nesterov.litgpt.data import corpus
 from lightning_ema_nesterov.litgpt.data.corpus import load_corpus
-from lightning_ema_nesterov.litgpt.data.windows import WindowLoader, fixed_windows
+from lightning_ema_nesterov.litgpt.data.windows import TokenArray, WindowLoader
+from tests.litgpt.runs import Run, load, scalars
 
-PARTS = [np.arange(0, 21, dtype=np.uint16), np.arange(100, 133, dtype=np.uint16)]
-# Windows of 4 tokens and a target: 5 in the first part, 8 in the second.
-STARTS = [*range(0, 20, 4), *range(100, 132, 4)]
-
-
-def make_loader(batch_size: int = 2, seed: int = 0, window_size: int = 4) -> WindowLoader:
-    return WindowLoader(PARTS, window_size=window_size, batch_size=batch_size, seed=seed)
-
-
-def pretend_rank(monkeypatch: pytest.MonkeyPatch, rank: int, num_ranks: int) -> None:
-    monkeypatch.setattr(windows, "_rank", lambda: (rank, num_ranks))
+PARTS: list[TokenArray] = [np.arange(0, 21, dtype=np.uint16), np.arange(100, 133, dtype=np.uint16)]
 
 
 def write_shard(
@@ -39,107 +29,7 @@ def write_shard(
     path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
 
 
-def through_bytes(state: dict[str, Any]) -> dict[str, Any]:
-    """What ``torch.load`` gives that allows nothing but numbers and tensors."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    assert buffer.tell() < 2000
-    buffer.seek(0)
-    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
-    return loaded
-
-
-def test_an_epoch_has_every_window_once_in_an_order_of_its_own() -> None:
-    loader = make_loader(batch_size=1)
-    epochs = [torch.cat(list(loader)) for _ in range(2)]
-    for epoch in epochs:
-        assert sorted(epoch[:, 0].tolist()) == STARTS
-        assert torch.equal(epoch - epoch[:, :1], torch.arange(5).expand(13, 5))
-    assert not torch.equal(*epochs)
-    assert torch.equal(epochs[0], torch.cat(list(make_loader(batch_size=1))))
-    assert not torch.equal(epochs[0], torch.cat(list(make_loader(batch_size=1, seed=1))))
-
-
-def test_processes_share_the_windows_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = list(make_loader(batch_size=4))
-    pretend_rank(monkeypatch, 0, 2)
-    first = list(make_loader())
-    pretend_rank(monkeypatch, 1, 2)
-    second = list(make_loader())
-    assert len(first) == len(second) == 3
-    for batch, *halves in zip(whole, first, second, strict=True):
-        assert torch.equal(batch, torch.cat(halves))
-
-
-@pytest.mark.parametrize("num_taken", [2, 6, 7])
-def test_order_continues_exactly_from_a_state(num_taken: int) -> None:
-    """In an epoch, at its end, and in the next one."""
-
-    def endless(loader: WindowLoader) -> Any:
-        while True:
-            yield from loader
-
-    whole = make_loader()
-    batches = endless(whole)
-    for _ in range(num_taken):
-        next(batches)
-    resumed = make_loader()
-    resumed.load_state_dict(through_bytes(whole.state_dict()))
-    expected = [next(batches) for _ in range(9)]
-    found = endless(resumed)
-    assert torch.equal(torch.stack([next(found) for _ in range(9)]), torch.stack(expected))
-
-
-def test_other_number_of_processes_continues_with_what_is_left(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    one = make_loader()
-    taken = [batch for _, batch in zip(range(3), one, strict=False)]
-    state = one.state_dict()
-    rest = []
-    for rank in range(3):
-        pretend_rank(monkeypatch, rank, 3)
-        loader = make_loader()
-        loader.load_state_dict(state)
-        rest += list(loader)
-    seen = Counter(torch.cat([*taken, *rest])[:, 0].tolist())
-    assert set(seen.values()) == {1}
-    assert len(seen) == 12
-
-
-def test_another_text_is_refused() -> None:
-    state = make_loader().state_dict()
-    for other in (make_loader(seed=1), make_loader(window_size=5)):
-        with pytest.raises(ValueError, match="The checkpoint was made with the text"):
-            other.load_state_dict(state)
-
-
-def test_validation_is_the_same_on_every_process_and_in_every_evaluation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    loader = fixed_windows(PARTS, window_size=4, batch_size=4)
-    batches = list(loader)
-    assert [len(batch) for batch in batches] == [4, 4, 4]  # 13 windows: one is left out
-    starts = torch.cat(batches)[:, 0].tolist()
-    assert len(set(starts)) == 12
-    assert set(starts) <= set(STARTS)
-    assert starts != sorted(starts)
-    pretend_rank(monkeypatch, 1, 2)
-    assert torch.equal(torch.cat(list(loader)), torch.cat(batches))
-    assert [len(b) for b in fixed_windows(PARTS, window_size=4, batch_size=20)] == [13]
-
-
-def test_too_little_text_is_an_error() -> None:
-    with pytest.raises(
-        ValueError, match=r"data: the training text must hold 20 windows of 4 tokens.* and holds 13"
-    ):
-        make_loader(batch_size=20)
-    with pytest.raises(
-        ValueError, match="data: the validation text must hold one window of 40 tokens"
-    ):
-        fixed_windows(PARTS, window_size=40, batch_size=1)
-
-
+@pytest.mark.slow
 def test_standard_library_is_the_corpus_of_the_quickstart(tmp_path: Path) -> None:
     data = StdlibBytes(cache_dir=tmp_path)
     data.connect(batch_size=2, max_seq_length=64)
@@ -231,7 +121,7 @@ def test_shards_are_mapped_and_read_in_windows(tmp_path: Path) -> None:
     data.connect(batch_size=2, max_seq_length=4)
     data.setup()
     assert all(isinstance(part, np.memmap) for part in [*data.train_parts, *data.val_parts])
-    expected = torch.stack(list(make_loader()))
+    expected = torch.stack(list(WindowLoader(PARTS, window_size=4, batch_size=2, seed=0)))
     assert torch.equal(torch.stack(list(data.train_dataloader())), expected)
     val = torch.cat(list(data.val_dataloader()))
     assert sorted(val.tolist()) == [[3, 4, 5, 6, 7], [65535, 0, 1, 2, 3]]
@@ -256,3 +146,39 @@ def test_a_broken_shard_is_named(kwargs: Any, message: str, tmp_path: Path) -> N
         data.setup()
     with pytest.raises(FileNotFoundError, match="no file matches"):
         TokenShards(train=f"{tmp_path}/*.npy", val="").setup()
+
+
+NEW_MODULE = """
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_ema_nesterov.litgpt.data.base import WindowData
+
+
+@dataclass(kw_only=True)
+class Digits(WindowData):
+    length: int = 200
+
+    def setup(self, stage: str = "") -> None:
+        self.train_parts = [np.arange(self.length, dtype=np.uint16) % 10]
+        self.val_parts = [np.arange(100, dtype=np.uint16) % 10]
+"""
+
+
+def test_a_data_module_of_the_users_is_one_file(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "digits.py").write_text(NEW_MODULE)
+    monkeypatch.syspath_prepend(folder)
+    out = run(
+        "--data.length",
+        "500",
+        data={"class_path": "digits.Digits", "init_args": {"seed": 1}},
+        model_config={"vocab_size": 10, "padded_vocab_size": 10},
+    )
+    losses = list(scalars(out, "val_loss").values())
+    assert losses[-1] < losses[0] < math.log(10) + 0.5
+    # Where training is in the text is in the checkpoint.
+    position = load(out / "final")["train_dataloader"]
+    assert position["of"] == {"num_tokens": 500, "num_parts": 1, "window_size": 16, "seed": 1}

@@ -19,7 +19,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from lightning_ema_nesterov.experiments.advice import without_advice
-from lightning_ema_nesterov.experiments.model import trapezoid
 from lightning_ema_nesterov.experiments.study.results import (
     DIVERGED,
     STATE_PER_PARAMETER,
@@ -27,6 +26,7 @@ from lightning_ema_nesterov.experiments.study.results import (
 )
 from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, Run, Study, find_class
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer
+from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
 
 __all__ = ["train_run"]
 
@@ -65,13 +65,11 @@ def _build(spec: dict[str, Any]) -> Any:
 def _set_optimizer(model: LightningModule, study: Study, run: Run) -> None:
     spec = study.optimizer_of(run)
     decay = study.lr_decay if spec.lr_decay is None else spec.lr_decay
-
-    def lr_ratio(step_idx: int) -> float:
-        return trapezoid(step_idx, study.num_steps, warmup=study.lr_warmup, decay=decay)
+    schedule = WarmupStableDecay.of_fractions(study.num_steps, warmup=study.lr_warmup, decay=decay)
 
     def configure_optimizers() -> Any:
         optimizer = _make_optimizer(spec, run.lr, model)
-        scheduler = LambdaLR(optimizer, lr_ratio)
+        scheduler = LambdaLR(optimizer, lambda step_idx: schedule.lr_at(step_idx))
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

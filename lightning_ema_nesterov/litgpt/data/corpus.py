@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-__all__ = ["Corpus", "Windows", "evenly_spaced", "list_files", "load_corpus", "shuffled"]
+__all__ = ["Corpus", "list_files", "load_corpus"]
 
 VALIDATION_SHARE = 0.05
 """Share of the bytes that is held out, at least."""
@@ -53,43 +52,6 @@ class Corpus:
     train: Tensor
     validation: Tensor
     split: dict[str, Any]
-
-
-class Windows(Dataset[Tensor]):
-    """Windows of consecutive bytes, at given positions.
-
-    Args:
-        data: Bytes, ``uint8`` of shape ``(num_bytes,)``.
-        starts: First byte of each window, shape ``(num_windows,)``, in
-            [0, ``num_bytes - window_size - 1``].
-        window_size: Inputs in a window. One byte more is returned: the last target.
-    """
-
-    def __init__(self, data: Tensor, starts: Tensor, window_size: int) -> None:
-        self.data = data
-        self.starts = starts.tolist()
-        self.window_size = window_size
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, idx: int) -> Tensor:
-        start = self.starts[idx]
-        return self.data[start : start + self.window_size + 1].long()
-
-
-def shuffled(data: Tensor, *, window_size: int, num_windows: int, seed: int) -> Windows:
-    """Return windows at uniformly random positions, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(data) - window_size, (num_windows,), generator=generator)
-    return Windows(data, starts, window_size)
-
-
-def evenly_spaced(data: Tensor, *, window_size: int, num_windows: int) -> Windows:
-    """Return up to ``num_windows`` windows that do not overlap, spread over the whole text."""
-    last_start = len(data) - window_size - 1
-    num_windows = min(num_windows, 1 + last_start // window_size)
-    return Windows(data, torch.linspace(0, last_start, num_windows).long(), window_size)
 
 
 def load_corpus(text: Path | None = None, *, window_size: int) -> Corpus:

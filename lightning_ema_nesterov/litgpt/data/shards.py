@@ -1,27 +1,19 @@
-"""Text that a LitGPT YAML names by ``data.class_path``: bytes of files, or shards of token ids."""
+"""Shards of token ids, as text comes that was tokenized before."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
 import numpy as np
-from litgpt.data import DataModule
-from litgpt.tokenizer import Tokenizer
-from torch import Tensor
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_ema_nesterov.litgpt.data.corpus import list_files, load_corpus
-from lightning_ema_nesterov.litgpt.data.windows import TokenArray, WindowLoader, fixed_windows
+from lightning_ema_nesterov.litgpt.data.base import WindowData
+from lightning_ema_nesterov.litgpt.data.windows import TokenArray
 from lightning_ema_nesterov.litgpt.run import LitGPTRun
 
-__all__ = ["StdlibBytes", "TextBytes", "TokenShards"]
+__all__ = ["TokenShards"]
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -31,125 +23,7 @@ _NUM_CHECKED = 1_000_000
 
 
 @dataclass(kw_only=True)
-class _WindowData(DataModule):
-    """What the data modules share: windows of memory-mapped token ids."""
-
-    seed: int = 42
-    batch_size: int = field(init=False, repr=False, default=1)
-    window_size: int = field(init=False, repr=False, default=1)
-    train_parts: Sequence[TokenArray] = field(init=False, repr=False, default=())
-    val_parts: Sequence[TokenArray] = field(init=False, repr=False, default=())
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    @override
-    def connect(
-        self,
-        tokenizer: Tokenizer | None = None,
-        batch_size: int = 1,
-        max_seq_length: int | None = None,
-        **kwargs: object,
-    ) -> None:
-        """Take the size of a micro-batch and of a window from LitGPT."""
-        self.batch_size = batch_size
-        self.window_size = max_seq_length or 1
-
-    @override
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        """Return shuffled batches that continue from a checkpoint."""
-        return WindowLoader(
-            self.train_parts,
-            window_size=self.window_size,
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
-
-    @override
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        """Return batches that are the same in every evaluation."""
-        return fixed_windows(
-            self.val_parts, window_size=self.window_size, batch_size=self.batch_size
-        )
-
-
-@dataclass(kw_only=True)
-class StdlibBytes(_WindowData):
-    """Bytes of the running Python's standard library: the corpus and the split of the quickstart.
-
-    Args:
-        seed: Seed of the order of the windows, at least 0.
-        cache_dir: Folder for the two parts, made once for each version of the text.
-    """
-
-    cache_dir: Path = Path("data/bytes")
-    text: Path | None = field(init=False, repr=False, default=None)
-
-    @override
-    def prepare_data(self) -> None:
-        """Write the two parts of the text, unless they are there."""
-        folder = self._folder()
-        if folder.exists():
-            return
-        corpus = load_corpus(self.text, window_size=self.window_size)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            made = Path(temporary, "made")
-            made.mkdir()
-            np.save(made / "train.npy", corpus.train.numpy())
-            np.save(made / "validation.npy", corpus.validation.numpy())
-            (made / "split.json").write_text(json.dumps(corpus.split, indent=1))
-            try:
-                made.rename(folder)  # whole or not at all
-            except OSError:
-                if not folder.exists():  # else another run made the same meanwhile
-                    raise
-
-    @override
-    def setup(self, stage: str = "") -> None:
-        """Map the two parts into memory."""
-        folder = self._folder()
-        self.train_parts = [np.load(folder / "train.npy", mmap_mode="r")]
-        self.val_parts = [np.load(folder / "validation.npy", mmap_mode="r")]
-
-    def _folder(self) -> Path:
-        root, files = list_files(self.text)
-        stats = [(name, path.stat()) for name, path in files.items()]
-        listing = [str(root.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]]
-        return self.cache_dir / hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
-
-
-@dataclass(kw_only=True)
-class TextBytes(StdlibBytes):
-    """Bytes of a file or folder, split as :func:`quickstart.corpus.load_corpus` does.
-
-    Args:
-        path: A file, or a folder whose text files are all read.
-        seed: Seed of the order of the windows, at least 0.
-        cache_dir: Folder for the two parts, made once for each version of the text.
-
-    Raises:
-        FileNotFoundError: If ``path`` does not exist.
-        ValueError: If ``path`` holds no text, or too little for one window.
-    """
-
-    path: Path
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.text = self.path
-
-    @override
-    def prepare_data(self) -> None:
-        """Write the two parts of the text, unless they are there."""
-        try:
-            super().prepare_data()
-        except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"data.init_args.path: {error}") from error
-
-
-@dataclass(kw_only=True)
-class TokenShards(_WindowData):
+class TokenShards(WindowData):
     """Token ids in binary shards, as the FineWeb shards for GPT-2 come.
 
     A shard is a header of 256 ``int32`` (20240520, 1, the number of tokens, zeros) and the tokens

@@ -1,0 +1,67 @@
+"""Several optimizers as one: another one for each role that parameters have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import overload
+
+import torch
+from torch.optim import Optimizer
+from typing_extensions import override
+
+__all__ = ["OptimizerPerRole"]
+
+
+class OptimizerPerRole(Optimizer):
+    """Several optimizers as one, each with one parameter group.
+
+    All groups show the learning rate of the first: a trainer that writes one learning rate into all
+    groups, as LitGPT does, moves all of them, and each keeps its ratio to the first.
+
+    Args:
+        optimizers: Optimizers of disjoint parameters, with one group and an ``lr`` above 0 each.
+            They belong to this one afterwards.
+
+    Raises:
+        ValueError: If an optimizer has several groups or an ``lr`` that is not above 0.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        self._optimizers = list(optimizers)
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        if len(groups) != len(self._optimizers):
+            raise ValueError(f"Each optimizer must have one parameter group, got {len(groups)}.")
+        lrs = [float(group["lr"]) for group in groups]
+        if min(lrs) <= 0:
+            raise ValueError(f"The learning rate of each role must be above 0, got {lrs}.")
+        self._lr_ratios = [lr / lrs[0] for lr in lrs]
+        super().__init__(groups, {"lr": lrs[0]})
+        for group in self.param_groups:
+            group["lr"] = lrs[0]
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Step all optimizers."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer, group, ratio in zip(
+            self._optimizers, self.param_groups, self._lr_ratios, strict=True
+        ):
+            # Loading a checkpoint puts new objects in the place of these.
+            optimizer.param_groups, optimizer.state = [group], self.state
+            lr = group["lr"]
+            group["lr"] = lr * ratio
+            try:
+                optimizer.step()
+            finally:
+                group["lr"] = lr
+        return loss
