@@ -113,4 +113,6 @@ def _groups_of_dtensor(p: Tensor) -> tuple[dist.ProcessGroup, ...]:
     if not isinstance(p, DTensor):
         return ()
     mesh, placements = p.device_mesh, p.placements
-    return tuple(mesh.get_group(dim) for dim, place in enumerate(placements) if place.is_shard())
+    return tuple(
+        mesh.get_group(dim) for dim, place in enumerate(placements) if not place.is_replicate()
+    )

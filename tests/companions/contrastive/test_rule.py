@@ -6,11 +6,11 @@ from typing import Literal
 
 import pytest
 import torch
-from emc2_reference import Chains, Point, cosine
 from torch import Tensor, nn
 
 from lightning_ema_nesterov.companions.contrastive import EMC2Loss, contrastive_loss
 from lightning_ema_nesterov.companions.contrastive.chains import log_draws, run_chains
+from tests.companions.contrastive.emc2_reference import Chains, Point, cosine
 
 NUM_SAMPLES = 9
 TEMPERATURE = 0.1
