@@ -13,11 +13,9 @@ from torch.optim.optimizer import ParamsT
 from lightning_ema_nesterov.litgpt.run import find_module
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer
 from lightning_ema_nesterov.optimizers.per_role import OptimizerPerRole
+from lightning_ema_nesterov.optimizers.roles import groups_by_role
 
-__all__ = ["by_role", "roles_of"]
-
-_HEADS = ("lm_head", "head", "output")
-_WRAPPERS = {"_forward_module", "_orig_mod", "_fsdp_wrapped_module", "module"}
+__all__ = ["by_role"]
 
 
 def by_role(
@@ -35,9 +33,9 @@ def by_role(
           hidden_matrices: {class_path: torch.optim.Muon, init_args: {lr: 0.02, weight_decay: 0}}
           others: {class_path: torch.optim.AdamW, init_args: {lr: 0.003, weight_decay: 0}}
 
-    The hidden matrices are the weights of linear layers without the head. Embeddings, tied to the
-    head or not, the head, biases and the weights of norms are the others. What went where is
-    printed once.
+    The hidden matrices are those of :func:`~lightning_ema_nesterov.optimizers.groups_by_role`.
+    Embeddings, tied to the head or not, the head, biases and the weights of norms are the others.
+    What went where is printed once.
 
     LitGPT's learning rate is that of ``hidden_matrices``; ``others`` keeps its ratio to it.
 
@@ -50,7 +48,7 @@ def by_role(
     Raises:
         RuntimeError: If the model cannot be found, or holds flat shards of its matrices.
         TypeError: If an argument does not name an optimizer.
-        ValueError: If a learning rate is not above 0.
+        ValueError: If a learning rate is not above 0, or the embedding or the head is not found.
     """
     module = find_module(params)
     if module is None:
@@ -58,7 +56,11 @@ def by_role(
             "by_role tells parameters apart by their module and cannot find it. Give it "
             "model.parameters() as it is, not a list."
         )
-    roles = roles_of(module)
+    groups = groups_by_role(module)
+    roles = {
+        group["role"]: dict(zip(names, group["params"], strict=True))
+        for group, names in zip(groups, groups.names, strict=True)
+    }
     hidden = roles.get("hidden", {})
     # Their order is the model's: it is that of the state in a checkpoint.
     rest = [p for p in module.parameters() if all(p is not q for q in hidden.values())]
@@ -76,37 +78,6 @@ def by_role(
     ]
     rank_zero_info(_describe(roles, *(type(optimizer).__name__ for optimizer in optimizers)))
     return OptimizerPerRole(optimizers)
-
-
-def roles_of(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Return the parameters of each role by their names.
-
-    The head is a linear layer whose last name is ``lm_head``, ``head`` or ``output``, or that is
-    tied to an embedding. The weights of all other linear layers are ``hidden``.
-
-    Example:
-        >>> model = nn.ModuleDict({"up": nn.Linear(2, 3), "lm_head": nn.Linear(3, 8, bias=False)})
-        >>> {role: [*params] for role, params in roles_of(model).items()}
-        {'hidden': ['up.weight'], 'other': ['up.bias'], 'head': ['lm_head.weight']}
-    """
-    modules = [(name, m) for name, m in module.named_modules() if hasattr(m, "weight")]
-    linear = {m.weight: name for name, m in modules if isinstance(m, nn.Linear)}
-    embeddings = {m.weight for _, m in modules if isinstance(m, nn.Embedding)}
-
-    def role_of(p: nn.Parameter) -> str:
-        if p in linear:
-            is_head = p in embeddings or linear[p].rpartition(".")[2] in _HEADS
-            return "head" if is_head else "hidden"
-        return "embedding" if p in embeddings else "other"
-
-    roles: dict[str, dict[str, nn.Parameter]] = {}
-    for name, p in module.named_parameters():
-        roles.setdefault(role_of(p), {})[_plain(name)] = p
-    return roles
-
-
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _check_shapes(hidden: Mapping[str, nn.Parameter]) -> None:

@@ -11,6 +11,7 @@ from typing_extensions import override
 __all__ = ["ROLES", "RoleGroups", "groups_by_role"]
 
 ROLES = ("hidden", "embedding", "head", "other")
+"""What a parameter can be."""
 
 _HEAD_NAMES = ("lm_head", "head", "output", "embed_out")
 _WRAPPERS = {"_forward_module", "_orig_mod", "_fsdp_wrapped_module", "module"}
@@ -47,15 +48,11 @@ class RoleGroups(list[dict[str, Any]]):
 def groups_by_role(module: nn.Module, *, roles: Mapping[str, str] | None = None) -> RoleGroups:
     """Return parameter groups with the key ``role``, for the optimizers of this package.
 
-    ============  ==========================================================================
-    Role          Parameters
-    ============  ==========================================================================
-    ``hidden``    All matrices that are none of the next two.
-    ``embedding`` The weight of each ``nn.Embedding`` (rows are tokens or positions).
-    ``head``      The weight of the linear layer that gives the logits (rows are tokens). An
-                  embedding that is tied to it is here: the head's rule is the one with momentum.
-    ``other``     Everything else: gains, biases, tensors of three and more dimensions.
-    ============  ==========================================================================
+    * ``hidden``: all matrices that are none of the next two;
+    * ``embedding``: the weight of each ``nn.Embedding`` (rows are tokens or positions);
+    * ``head``: the weight of the linear layer that gives the logits (rows are tokens). An embedding
+      that is tied to it is here: the head's rule is the one with momentum;
+    * ``other``: gains, biases, and tensors of three and more dimensions.
 
     The head is the linear layer with as many outputs as an embedding has rows. If there are
     several or none of them, it is the one whose last name is ``lm_head``, ``head``, ``output`` or
@@ -67,7 +64,7 @@ def groups_by_role(module: nn.Module, *, roles: Mapping[str, str] | None = None)
         roles: Role by parameter name, for what is not found or found wrongly.
 
     Returns:
-        A list of groups, one for each role that has parameters, in the order of the table.
+        A list of groups, one for each role that has parameters, in this order.
 
     Raises:
         ValueError: If the embedding or the head cannot be found, or if ``roles`` has an unknown

@@ -4,42 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
-from pathlib import Path
 
 import pytest
 import torch
-from litgpt import GPT, Config
 from torch import nn
 
 from lightning_ema_nesterov.litgpt import by_role, ema_nesterov
-from lightning_ema_nesterov.litgpt.roles import roles_of
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
 from tests.litgpt.language import Language, backward, steps
-from tests.litgpt.runs import ADAMW, MUON, config_of
+from tests.litgpt.runs import ADAMW, MUON
 from tests.toys import equal
-
-
-def test_roles_follow_from_modules_and_ties() -> None:
-    expected = {
-        "embedding": ["embedding.weight"],
-        "hidden": ["hidden.weight"],
-        "other": ["hidden.bias", "norm.weight", "norm.bias"],
-        "head": ["lm_head.weight"],
-    }
-    model = Language()
-    assert names_of(model) == expected
-    tied = {"head": ["embedding.weight"], **{key: expected[key] for key in ("hidden", "other")}}
-    assert names_of(Language(is_tied=True)) == tied
-    compiled = torch.compile(model, backend="eager")
-    assert isinstance(compiled, nn.Module)
-    assert names_of(compiled) == expected
-    gpt = names_of(GPT(Config(**config_of(Path())["model_config"])))
-    assert len(gpt["hidden"]) == 2 * 5  # qkv, proj and three of the MLP
-    assert len(gpt["other"]) == 2 * 2 + 1
-
-
-def names_of(module: nn.Module) -> dict[str, list[str]]:
-    return {role: list(params) for role, params in roles_of(module).items()}
 
 
 def test_by_role_equals_two_optimizers_at_learning_rates_of_their_own(
