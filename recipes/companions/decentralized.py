@@ -121,7 +121,7 @@ def main() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    common = {"coordinate_share": 0.1, "seed": 0}
+    common: dict[str, Any] = {"coordinate_share": 0.1, "seed": 0}
     methods: list[tuple[str, Callback | None]] = [
         ("all-reduce", None),
         ("decentralized SGD", FSPDASA("ring", dual_step_size=0.0, **common)),

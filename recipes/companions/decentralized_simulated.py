@@ -90,7 +90,7 @@ class SortedDigits:
             return loss.item()
 
         optimizer.step(closure)
-        return float(self.loss(vector))
+        return float(self.loss(vector).detach())
 
 
 def run(
