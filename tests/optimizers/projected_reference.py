@@ -26,7 +26,8 @@ def singular(g: Tensor, place: int, num_refreshes: int) -> Tensor:
     Their signs matter, as the moments are not rotated: the gradient itself is decomposed.
     """
     left, _, right = torch.linalg.svd(g.float(), full_matrices=False)
-    return (right[:RANK] if g.shape[0] >= g.shape[1] else left[:, :RANK].T).double()
+    rows: Tensor = right[:RANK] if g.shape[0] >= g.shape[1] else left[:, :RANK].T
+    return rows.double()
 
 
 def parameters() -> list[nn.Parameter]:
@@ -89,4 +90,5 @@ def limited(update: Tensor, memory: dict[str, Any]) -> Tensor:
 
 
 def row_factors(direction: Tensor, low: Tensor) -> Tensor:
-    return direction.norm(dim=1, keepdim=True) / (low.norm(dim=1, keepdim=True) + 1e-8)
+    sizes: list[Tensor] = [t.square().sum(dim=1, keepdim=True).sqrt() for t in (direction, low)]
+    return sizes[0] / (sizes[1] + 1e-8)

@@ -24,8 +24,8 @@ def gaussian(g: Tensor, place: int, num_refreshes: int) -> Tensor:
             seed = int(torch.randint(0, 2**63 - 1, (1,), generator=generator))
     is_right = g.shape[0] >= g.shape[1]
     shape = (reference.RANK, g.shape[1]) if is_right else (g.shape[0], reference.RANK)
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    drawn = (drawn / reference.RANK**0.5).double()
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    drawn: Tensor = (numbers / reference.RANK**0.5).double()
     return drawn if is_right else drawn.T
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def test_projection_is_kept_between_refreshes() -> None:
         projector.projection(state, gradient(9, 5, seed=step_idx), step_idx=step_idx, place=1)
         for step_idx in range(7)
     ]
-    changed = [not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    changed = [not torch.equal(a, b) for a, b in pairwise(seen)]
     assert changed == [False, False, True, False, False, True]
 
 

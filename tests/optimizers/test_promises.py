@@ -47,7 +47,7 @@ def state_tensors(optimizer: Optimizer) -> list[Tensor]:
 @every_optimizer
 def test_it_learns(name: str) -> None:
     model, optimizer = started(name)
-    before = float(loss_of(model, 0))
+    before = float(loss_of(model, 0).detach())
     for _ in range(30):
         optimizer.zero_grad()
         loss_of(model, 0).backward()  # type: ignore[no-untyped-call]
