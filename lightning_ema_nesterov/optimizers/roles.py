@@ -152,7 +152,7 @@ def _check_given(given: Mapping[str, str], names: Iterable[str]) -> None:
 
 
 def _check_flat(names: Mapping[nn.Parameter, str]) -> None:
-    flat = [name for p, name in names.items() if type(p).__name__ == "FlatParameter"]
+    flat = [name for p, name in names.items() if getattr(p, "_is_flat_param", False)]
     if flat:
         raise ValueError(
             f"Parameters must be those of the layers, and {len(flat)} are flat parameters of FSDP1 "

@@ -9,7 +9,7 @@ import pytest
 import torch
 from litgpt import GPT, Config
 from litgpt.model import Block
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_ema_nesterov.optimizers import groups_by_role
 from lightning_ema_nesterov.optimizers.roles import RoleGroups
@@ -160,17 +160,6 @@ def test_two_heads_are_an_error_that_names_them() -> None:
 def test_wrong_roles_are_errors(roles: dict[str, str], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         groups_by_role(TinyLM(), roles=roles)
-
-
-def test_flat_parameter_of_fsdp1_is_an_error() -> None:
-    class FlatParameter(nn.Parameter):
-        pass
-
-    model = TinyLM()
-    flat: Tensor = FlatParameter(torch.zeros(7))
-    model.register_parameter("_flat_param", flat)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="flat parameters of FSDP1"):
-        groups_by_role(model)
 
 
 def test_flat_shard_of_a_matrix_keeps_its_role() -> None:

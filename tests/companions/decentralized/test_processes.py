@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from companions.decentralized import toy_runs
-from companions.decentralized.toy_runs import LR, RankBatches, flat_gradient, start_points
 from torch import Tensor
 
 from lightning_ema_nesterov.companions.decentralized.simulate import (
@@ -25,6 +23,8 @@ from lightning_ema_nesterov.companions.decentralized.simulate import (
     simulate_storm,
 )
 from lightning_ema_nesterov.companions.decentralized.topology import Topology
+from tests.companions.decentralized import toy_runs
+from tests.companions.decentralized.toy_runs import LR, RankBatches, flat_gradient, start_points
 
 # float64, and a batched gradient may sum in another order than the module's.
 CLOSE: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-13}
