@@ -122,7 +122,7 @@ def _check_accelerator(accelerator: str) -> None:
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-    except (MisconfigurationException, ValueError) as error:
+    except (ImportError, MisconfigurationException, ValueError) as error:
         raise ValueError(
             f"accelerator must be one that this machine has, got {accelerator!r}: {error}"
         ) from error

@@ -20,7 +20,7 @@ from lightning_ema_nesterov.experiments.study.results import Result
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import Standing, by_lr, mean_curve
 
-__all__ = ["draw_curves", "draw_grids", "draw_learning_rates", "styles_of"]
+__all__ = ["Style", "draw_curves", "draw_grids", "draw_learning_rates", "styles_of"]
 
 _COLOURS = [
     *("tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:pink"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import re
@@ -104,7 +105,7 @@ def _make(cls: type[_T], raw: Any, key: str, **made: Any) -> _T:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, skip=set(made))
     try:
-        parsed = parser.parse_object(given)
+        parsed = parser.parse_object(copy.deepcopy(given))  # it changes what it gets
     except ArgumentError as error:
         named = re.search(r'Parser key "(\w+)', str(error))
         if named is None:  # a required key that is null

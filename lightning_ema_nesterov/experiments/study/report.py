@@ -96,7 +96,7 @@ def _section(folder: Path, base: str, results: Sequence[Result], methods: Sequen
     if not any((r.run.base, r.run.method) == (base, BASELINE) for r in results):
         return f"## {base}\n\nNo run of the baseline is finished yet."
     found = standings(results, base, methods)
-    said = "\n".join(f"* {note}" for note in notes(results, base))
+    said = "\n".join(f"* {note}" for note in notes(results, base, methods))
     grids = draw_grids(folder, base, found)
     if grids:
         table = markdown_table([found[0], *sorted(found[1:], key=_mean_difference)])

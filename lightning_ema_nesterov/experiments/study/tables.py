@@ -207,14 +207,15 @@ def markdown_table(found: Sequence[Standing]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def notes(results: Sequence[Result], base: str) -> list[str]:
+def notes(results: Sequence[Result], base: str, methods: Sequence[str] = ()) -> list[str]:
     """Return what a reader of the table of one base optimizer must know about learning rates.
 
     Args:
         results: Results of a study.
         base: Name of the base optimizer.
+        methods: As for :func:`standings`.
     """
-    found = standings(results, base)
+    found = standings(results, base, methods)
     tried = {s.method: by_lr(results, base, s.method) for s in found}
     of_others = {lr for method, rows in tried.items() if method != BASELINE for lr in rows}
     alone = [f"{lr:g}" for lr in tried[BASELINE] if of_others and lr not in of_others]
