@@ -25,7 +25,7 @@ def quickstart(
     ema_decay: float = 0.99,
     batch_size: int = 8,
     num_threads: int = 1,
-    out_dir: Path = Path("out/quickstart"),
+    out_dir: Path = Path("out/quickstart-trainer"),
     text: Path | None = None,
 ) -> None:
     """Train a small language model with AdamW and with AdamW and EMA-Nesterov, and compare.

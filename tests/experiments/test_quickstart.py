@@ -63,7 +63,7 @@ def test_quickstart_trains_compares_and_draws(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "arning" not in result.stderr
     assert "weights_only" not in result.stderr
-    folder = tmp_path / "out" / "quickstart" / "run_0"
+    folder = tmp_path / "out/quickstart-trainer/run_0"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((folder / "results.json").read_text())
     assert record["settings"]["lr"] == 0.01
@@ -110,7 +110,9 @@ def check_what_is_said(output: str, record: dict[str, Any]) -> None:
     # Not in a clone's root: the recipes are not here.
     assert "litgpt" not in output
     # The programs are those beside this Python, for a shell that knows nothing of it.
-    [logs] = re.findall(r"^Logs: (.*tensorboard) --logdir out/quickstart/run_0$", end, re.MULTILINE)
+    [logs] = re.findall(
+        r"^Logs: (.*tensorboard) --logdir out/quickstart-trainer/run_0$", end, re.MULTILINE
+    )
     if shutil.which("tensorboard") is None:
         assert Path(logs) == Path(sys.executable).parent / "tensorboard"
 
@@ -160,7 +162,7 @@ def test_run_that_diverges_is_said_to(tmp_path: Path) -> None:
     result = run("--num_steps", "40", "--text", str(text), "--lr", "1e30", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "AdamW and AdamW with EMA-Nesterov diverged. Try a smaller --lr." in result.stdout
-    assert (tmp_path / "out/quickstart/run_0/curves.png").exists()
+    assert (tmp_path / "out/quickstart-trainer/run_0/curves.png").exists()
 
 
 def test_folder_is_not_that_of_the_litgpt_recipe() -> None:

@@ -186,8 +186,8 @@ def test_a_method_that_does_not_fit_the_run_is_named_before_the_first_run(
     ("changes", "message"),
     [
         (
-            {"model": {"class_path": "tests.experiments.toys.Modell"}},
-            "model.class_path must be the dotted path of a LightningModule, and .*Modell' is none. "
+            {"model": {"class_path": "tests.experiments.toys.Mode"}},
+            "model.class_path must be the dotted path of a LightningModule, and .*Mode' is none. "
             "In tests.experiments.toys there are: Model, Toy",
         ),
         ({"model": {"class_path": "toyz.Model"}}, "model.*LightningModule.*No module named 'toyz'"),
