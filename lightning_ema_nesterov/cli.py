@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn, TypeVar
+
+from lightning_ema_nesterov.version import __version__
 
 __all__ = ["benchmark", "compare", "convex", "main", "pretrain", "quickstart", "report"]
+
+_T = TypeVar("_T")
 
 
 def quickstart(
@@ -17,7 +24,8 @@ def quickstart(
     lookahead_step_size: float = 0.5,
     ema_decay: float = 0.99,
     batch_size: int = 8,
-    out_dir: Path = Path("out/quickstart"),
+    num_threads: int = 1,
+    out_dir: Path = Path("out/quickstart-trainer"),
     text: Path | None = None,
 ) -> None:
     """Train a small language model with AdamW and with AdamW and EMA-Nesterov, and compare.
@@ -26,33 +34,39 @@ def quickstart(
         num_steps: Optimizer steps of each run, a positive multiple of 20.
         seed: Seed of the weights and of the order of the text, the same for both runs.
         lr: Peak base learning rate of both runs.
-        lookahead_step_size: Peak lookahead step size, in [0, 1).
+        lookahead_step_size: Peak lookahead step size, as for EMANesterov.
         ema_decay: Weight of the past in the EMA direction, in [0, 1).
         batch_size: Windows of 64 bytes in a batch, at least 1. Small batches are noisy.
+        num_threads: Threads of torch. On a model as small as this, more are rarely faster, and on
+            shared cores much slower.
         out_dir: Folder for logs, checkpoints, the table and the picture; each call makes a run_N.
         text: A text file, or a folder of text files, instead of Python's standard library.
     """
-    from lightning_ema_nesterov.experiments.quickstart import Settings, run_quickstart
+    with _extra("quickstart"):
+        from lightning_ema_nesterov.experiments.quickstart import Settings, run_quickstart
 
-    settings = Settings(num_steps, seed, lr, lookahead_step_size, ema_decay, batch_size)
+    settings = Settings(
+        num_steps, seed, lr, lookahead_step_size, ema_decay, batch_size, num_threads
+    )
     run_quickstart(settings, out_dir=out_dir, text=text)
 
 
 def benchmark(
     *,
-    num_elements: list[int] = [10**6, 10**7, 10**8],  # noqa: B006  # jsonargparse shows it
-    num_tensors: list[int] = [10, 100, 2000],  # noqa: B006
-    forms: list[str] = ["default", "compile", "one_pass", "bfloat16", "int8"],  # noqa: B006
+    num_elements: list[int] | int = [10**6, 10**7, 10**8],  # noqa: B006  # jsonargparse shows it
+    num_tensors: list[int] | int = [10, 100, 2000],  # noqa: B006
+    forms: list[str] | str = ["default", "compile", "one_pass", "bfloat16", "int8"],  # noqa: B006
     num_rounds: int = 15,
-    num_threads: list[int] = [1],  # noqa: B006
+    num_threads: list[int] | int = [1],  # noqa: B006
     device: str = "cpu",
     out: Path = Path("out/benchmark.json"),
 ) -> None:
     """Measure what the method costs, against a straightforward form, a plain copy and AdamW.
 
     Args:
-        num_elements: Elements of all parameters together.
-        num_tensors: Parameters that they are split into; each number with each of num_elements.
+        num_elements: Elements of all parameters together: a number, or a list like '[1000, 2000]'.
+        num_tensors: Parameters that they are split into; each number with each of num_elements
+            that is at least twice as large.
         forms: default, compile, one_pass (compile=True where nobody can look between two steps),
             bfloat16, int8.
         num_rounds: Interleaved rounds, of which the medians are taken, at least 1.
@@ -60,14 +74,15 @@ def benchmark(
         device: As torch names it.
         out: JSON file for the figures.
     """
-    from lightning_ema_nesterov.experiments.benchmark.run import run_benchmark
+    with _extra("litgpt"):
+        from lightning_ema_nesterov.experiments.benchmark.run import run_benchmark
 
-    sizes = [(elements, tensors) for elements in num_elements for tensors in num_tensors]
+    pairs = [(e, t) for e in _as_list(num_elements) for t in _as_list(num_tensors)]
     run_benchmark(
-        sizes,
-        forms=forms,
+        [(e, t) for e, t in pairs if 2 * t <= e] or pairs,
+        forms=_as_list(forms),
         num_rounds=num_rounds,
-        num_threads=num_threads,
+        num_threads=_as_list(num_threads),
         device=device,
         out=out,
     )
@@ -82,7 +97,8 @@ def compare(
 ) -> None:
     """Train all runs of a study: methods, base optimizers, learning rates and seeds.
 
-    A study that was stopped goes on where it stopped.
+    A study that was stopped goes on where it stopped. One that has got more seeds, learning rates
+    or methods goes on too.
 
     Args:
         study: YAML file that says what is trained. Examples are in recipes/studies. Models, data
@@ -91,8 +107,9 @@ def compare(
         quick: Whether to train its quick form.
         num_workers: Runs at the same time, at least 1.
     """
-    from lightning_ema_nesterov.experiments.study.compare import run_study
-    from lightning_ema_nesterov.experiments.study.load import load_study
+    with _extra("study"):
+        from lightning_ema_nesterov.experiments.study.compare import run_study
+        from lightning_ema_nesterov.experiments.study.load import load_study
 
     sys.path += [str(study.parent.resolve()), str(Path.cwd())]  # behind what is installed
     name = study.stem + ("-quick" if quick else "")
@@ -106,7 +123,8 @@ def convex(*, out: Path = Path("out/convex.jsonl")) -> None:
     Args:
         out: File for the results, as JSON lines.
     """
-    from lightning_ema_nesterov.experiments.convex import run_convex
+    with _extra("litgpt"):
+        from lightning_ema_nesterov.experiments.convex import run_convex
 
     run_convex(out)
 
@@ -117,7 +135,8 @@ def report(study_dir: Path) -> None:
     Args:
         study_dir: Folder that `ema-nesterov compare` wrote.
     """
-    from lightning_ema_nesterov.experiments.study.report import write_report
+    with _extra("study"):
+        from lightning_ema_nesterov.experiments.study.report import write_report
 
     write_report(study_dir)
 
@@ -131,42 +150,93 @@ def pretrain(*, strategy: Literal["ddp", "fsdp2"] = "ddp") -> None:
 
 
 def _pretrain(arguments: list[str]) -> None:
-    try:
+    with _extra("litgpt"):
         from lightning_ema_nesterov.litgpt.launch import launch
-    except ModuleNotFoundError as error:
-        sys.exit(
-            f"ema-nesterov pretrain needs {error.name}: "
-            "pip install 'lightning-ema-nesterov[litgpt]'"
-        )
     launch(arguments)
+
+
+_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "quickstart": (quickstart, "quickstart"),
+    "compare": (compare, "study"),
+    "report": (report, "study"),
+    "convex": (convex, "litgpt"),
+    "pretrain": (pretrain, "litgpt"),
+    "benchmark": (benchmark, "litgpt"),
+}
+"""Each command, and the extra with the packages that it needs."""
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """End with one line if a package is missing that an extra installs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == __package__:
+            raise  # not a matter of what is installed
+        sys.exit(
+            f"ema-nesterov needs {error.name}, which the extra {name!r} installs. In a clone of "
+            f"the repository: pip install -c constraints.txt -e '.[{name}]'"
+        )
+
+
+def _as_list(value: list[_T] | _T) -> list[_T]:
+    return value if isinstance(value, list) else [value]
+
+
+def _in_one_line(message: str) -> str:
+    """Say in one line what jsonargparse says in several."""
+    text = " ".join(message.split())
+    missing = re.search(r'Key "(?:\w+\.)*(\w+)" is required', text)
+    if missing:
+        return f"{missing[1]} is missing."
+    found = re.match(r'Parser key "(?:\w+\.)*(\w+)": (.*)', text)
+    if found is None:
+        return text
+    name, problem = found.groups()
+    wrong = re.match(r"Expected an? (.*?)\. Got value: (.*)", problem) or re.match(
+        r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", problem
+    )
+    if wrong is None:
+        return f"{name}: {problem}"
+    kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.", r"\1", wrong[1]).replace(", ", " or ")
+    return f"{name} must be {kinds}, got {wrong[2]}."
+
+
+def _run(arguments: list[str]) -> None:
+    known = [word for word in arguments if word in _COMMANDS]
+    with _extra(_COMMANDS[known[0]][1] if known else "quickstart"):
+        from jsonargparse import ArgumentParser, auto_cli
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            sys.stderr.write(
+                f"ema-nesterov: {_in_one_line(message)}\n"
+                f"Options: ema-nesterov {known[0] + ' ' if known else ''}--help\n"
+            )
+            self.exit(2)
+
+    options: Any = {"parser_class": Parser, "prog": "ema-nesterov", "version": __version__}
+    auto_cli(
+        {name: command for name, (command, _) in _COMMANDS.items()},
+        # jsonargparse wants a value behind the name of a bool.
+        args=["--quick=true" if word == "--quick" else word for word in arguments],
+        **options,
+    )
 
 
 def main() -> None:
     """Run the command line; an error in the input is one line on standard error."""
-    if sys.argv[1:2] == ["pretrain"]:
-        _pretrain(sys.argv[2:])
-        return
-    try:
-        from jsonargparse import auto_cli
-    except ModuleNotFoundError as error:
-        sys.exit(
-            f"ema-nesterov needs {error.name}: pip install 'lightning-ema-nesterov[quickstart]'"
-        )
-    try:
-        auto_cli(
-            {
-                "quickstart": quickstart,
-                "compare": compare,
-                "report": report,
-                "convex": convex,
-                "pretrain": pretrain,
-                "benchmark": benchmark,
-            },
-            # jsonargparse wants a value behind the name of a bool.
-            args=["--quick=true" if arg == "--quick" else arg for arg in sys.argv[1:]],
-        )
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"ema-nesterov: {error}")
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["pretrain"]:
+        _pretrain(arguments[1:])
+    elif arguments == ["--version"]:  # needs no other package
+        print(f"ema-nesterov {__version__}")
+    else:
+        try:
+            _run(arguments)
+        except (FileNotFoundError, ValueError) as error:
+            sys.exit(f"ema-nesterov: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -49,5 +49,5 @@ def test_core_imports_without_the_extras() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert "pip install 'lightning-ema-nesterov[quickstart]'" in result.stderr
+    assert "pip install -c constraints.txt -e '.[quickstart]'" in result.stderr
     assert "Traceback" not in result.stderr

@@ -9,17 +9,24 @@ from contextlib import contextmanager
 
 __all__ = ["without_advice"]
 
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    # It reports at each checkpoint that weights_only has its default.
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
+)
+
 
 @contextmanager
 def without_advice() -> Iterator[None]:
-    """Silence Lightning's advice on hardware, loggers and data loader workers."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
+    """Silence Lightning's advice on hardware, loggers, checkpoints and data loader workers."""
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
-        logger.setLevel(logging.WARNING)
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.WARNING)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

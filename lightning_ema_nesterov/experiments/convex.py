@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_ema_nesterov.core.lookahead import Lookahead
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
-from lightning_ema_nesterov.experiments.event_files import format_table
+from lightning_ema_nesterov.experiments.tables import format_table
 from lightning_ema_nesterov.rules.ema import EMADirections
 
 __all__ = ["ConvexResult", "convex_step_size", "run_convex"]

@@ -1,42 +1,43 @@
-"""Train the same small language model with and without EMA-Nesterov, and compare."""
+"""A study of one seed: the same small language model with and without EMA-Nesterov."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch.utils.data import DataLoader
 
-from lightning_ema_nesterov.callback import EMANesterov
-from lightning_ema_nesterov.experiments.advice import without_advice
-from lightning_ema_nesterov.experiments.event_files import (
-    Comparison,
-    compare,
-    draw_curves,
-    format_table,
-    read_scalar,
+from lightning_ema_nesterov.experiments.study.check import check_study
+from lightning_ema_nesterov.experiments.study.claim import claim
+from lightning_ema_nesterov.experiments.study.compare import RUNS
+from lightning_ema_nesterov.experiments.study.figures import draw_curves, styles_of
+from lightning_ema_nesterov.experiments.study.results import Result, read_event_folder
+from lightning_ema_nesterov.experiments.study.spec import (
+    BASELINE,
+    BaseOptimizer,
+    ClassSpec,
+    MethodSpec,
+    Run,
+    Study,
 )
-from lightning_ema_nesterov.experiments.model import ByteLanguageModel
-from lightning_ema_nesterov.litgpt.data.corpus import Corpus, load_corpus
-from lightning_ema_nesterov.litgpt.data.windows import evenly_spaced, shuffled
+from lightning_ema_nesterov.experiments.study.tables import Standing, standings
+from lightning_ema_nesterov.experiments.study.train import train_run
+from lightning_ema_nesterov.experiments.tables import format_table
+from lightning_ema_nesterov.experiments.typed_commands import typed_command
+from lightning_ema_nesterov.litgpt.data.corpus import load_corpus
 
-__all__ = ["Settings", "run_quickstart"]
+__all__ = ["Settings", "make_study", "run_quickstart"]
 
 WINDOW_SIZE = 64
-VALIDATION_BATCH_SIZE = 128
 NUM_VALIDATION_WINDOWS = 640
 NUM_VALIDATIONS = 20
-BASE_RECIPE, TREATED_RECIPE = (
-    f"recipes/quickstart/{name}.yaml" for name in ("base", "ema_nesterov")
-)
-BASELINE, TREATED = "adamw", "adamw_ema_nesterov"
+RECIPES = [f"recipes/quickstart/{name}.yaml" for name in ("base", "ema_nesterov")]
+BASE, TREATED = "adamw", "ema_nesterov"
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,15 @@ class Settings:
 
     Args:
         num_steps: Optimizer steps of each run, a positive multiple of 20.
-        seed: Seed of the weights and of the order of the text.
+        seed: Seed of the weights and of the order of the text, in [0, 2 ** 32).
         lr: Peak base learning rate, above 0.
-        lookahead_step_size: Peak lookahead step size, in [0, 1).
+        lookahead_step_size: Peak lookahead step size, as for EMANesterov.
         ema_decay: Weight of the past in the EMA direction, in [0, 1).
         batch_size: Windows of text in a batch, at least 1.
+        num_threads: Threads of torch, at least 1.
 
     Raises:
-        ValueError: If ``num_steps``, ``lr`` or ``batch_size`` is out of its range.
+        ValueError: If one of them is out of its range; those of EMANesterov are checked later.
     """
 
     num_steps: int
@@ -61,6 +63,7 @@ class Settings:
     lookahead_step_size: float
     ema_decay: float
     batch_size: int = 8
+    num_threads: int = 1
 
     def __post_init__(self) -> None:
         if self.num_steps < NUM_VALIDATIONS or self.num_steps % NUM_VALIDATIONS:
@@ -70,8 +73,47 @@ class Settings:
             )
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}.")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2 ** 32), got {self.seed}.")
+        for name in ("batch_size", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def make_study(settings: Settings, text: Path | None = None) -> Study:
+    """Return the quickstart as a study.
+
+    Args:
+        settings: What to train.
+        text: A file or folder to train on. ``None``: the standard library of the running Python.
+    """
+    data = {
+        "text": None if text is None else str(text),
+        "window_size": WINDOW_SIZE,
+        "batch_size": settings.batch_size,
+        "num_validation_windows": NUM_VALIDATION_WINDOWS,
+    }
+    method = {
+        "lookahead_step_size": settings.lookahead_step_size,
+        "ema_decay": settings.ema_decay,
+    }
+    experiments = __name__.rpartition(".")[0]
+    lr_monitor = "lightning.pytorch.callbacks.LearningRateMonitor"
+    return Study(
+        model=ClassSpec(f"{experiments}.model.ByteDecoder", {"window_size": WINDOW_SIZE}),
+        data=ClassSpec(f"{experiments}.data.TextWindows", data),
+        num_steps=settings.num_steps,
+        num_validations=NUM_VALIDATIONS,
+        base_optimizers={
+            BASE: BaseOptimizer(
+                "torch.optim.AdamW", [settings.lr], {"betas": [0.9, 0.95], "weight_decay": 0.1}
+            )
+        },
+        methods={BASELINE: MethodSpec(), TREATED: MethodSpec("EMANesterov", method)},
+        seeds=[settings.seed],
+        callbacks=[ClassSpec(lr_monitor, {"logging_interval": "step"})],
+        num_threads=settings.num_threads,
+    )
 
 
 def run_quickstart(settings: Settings, *, out_dir: Path, text: Path | None = None) -> Path:
@@ -83,23 +125,28 @@ def run_quickstart(settings: Settings, *, out_dir: Path, text: Path | None = Non
         text: A file or folder to train on. ``None``: the standard library of the running Python.
 
     Returns:
-        The new folder, with one folder of TensorBoard logs for each run, ``curves.png``,
-        ``results.json`` and ``split.json``.
+        The new folder: that of a study, with ``curves.png``, ``results.json`` and ``split.json``.
+
+    Raises:
+        ValueError: If a setting is out of its range, or the text is too short.
     """
-    callback = EMANesterov(settings.lookahead_step_size, settings.ema_decay)
-    corpus = load_corpus(text, window_size=WINDOW_SIZE)
+    study = make_study(settings, text)
+    check_study(study)
+    split = load_corpus(text, window_size=WINDOW_SIZE).split
     run_dir = _new_folder(out_dir)
-    (run_dir / "split.json").write_text(json.dumps(corpus.split, indent=1))
-    print(
-        f"Text: {corpus.split['source']}, {len(corpus.train) / 1e6:.1f} MB to train on, "
-        f"{len(corpus.validation) / 1e6:.1f} MB held out."
-    )
-    print(f"Logs: {run_dir}\nWatch: tensorboard --logdir {run_dir}")
-    for name, callbacks in ((BASELINE, []), (TREATED, [callback])):
-        print(f"\n{name}: {settings.num_steps} optimizer steps")
-        with without_advice():
-            _train(settings, corpus, run_dir / name, callbacks)
-    _report(settings, corpus, run_dir)
+    claim(study, run_dir)
+    (run_dir / "split.json").write_text(json.dumps(split, indent=1))
+    print(_introduction(settings, split, run_dir))
+    results = []
+    for method in study.methods:
+        run = Run(BASE, method, settings.lr, settings.seed)
+        print(f"\n{_name(method)}: {settings.num_steps:,} optimizer steps")
+        try:
+            train_run(study, run, run_dir / RUNS, is_watched=True)
+        except (KeyboardInterrupt, SystemExit):  # the latter is the Trainer's answer to Ctrl-C
+            sys.exit(f"Stopped. Logs and checkpoints up to here: {run_dir}")
+        results.append(read_event_folder(run_dir / RUNS / run.folder))
+    _report(settings, split, results, run_dir)
     return run_dir
 
 
@@ -110,106 +157,121 @@ def _new_folder(out_dir: Path) -> Path:
     return run_dir
 
 
-def _train(
-    settings: Settings, corpus: Corpus, log_dir: Path, callbacks: Sequence[Callback]
+def _name(method: str) -> str:
+    return "AdamW" if method == BASELINE else "AdamW with EMA-Nesterov"
+
+
+def _introduction(settings: Settings, split: dict[str, Any], run_dir: Path) -> str:
+    # What a step took on one core of an AMD EPYC, validation included.
+    step_ms = 5.0 + 1.1 * settings.batch_size
+    minutes = max(1, round(2 * settings.num_steps * step_ms / 60_000))
+    threads = "1 thread" if settings.num_threads == 1 else f"{settings.num_threads} threads"
+    return (
+        f"Text: {split['source']}, {split['train_bytes'] / 1e6:.1f} MB to train on, "
+        f"{split['validation_bytes'] / 1e6:.1f} MB held out.\n"
+        f"Two runs of {settings.num_steps:,} steps with {threads}: about {minutes} min on one core "
+        "of a server, a few times as long where cores are slow or shared.\n"
+        f"Logs: {run_dir}\nWatch: {typed_command('tensorboard', '--logdir', run_dir)}"
+    )
+
+
+def _report(
+    settings: Settings, split: dict[str, Any], results: list[Result], run_dir: Path
 ) -> None:
-    seed_everything(settings.seed, verbose=False)
-    model = ByteLanguageModel(settings.lr, settings.num_steps, window_size=WINDOW_SIZE)
-    train = shuffled(
-        corpus.train,
-        window_size=WINDOW_SIZE,
-        num_windows=settings.num_steps * settings.batch_size,
-        seed=settings.seed,
-    )
-    held_out = evenly_spaced(
-        corpus.validation, window_size=WINDOW_SIZE, num_windows=NUM_VALIDATION_WINDOWS
-    )
-    trainer = _make_trainer(settings, log_dir, callbacks)
-    trainer.fit(
-        model,
-        DataLoader(train, batch_size=settings.batch_size),
-        DataLoader(held_out, batch_size=VALIDATION_BATCH_SIZE),
-    )
-    trainer.save_checkpoint(log_dir / "final.ckpt")
-    # What the run did: the baseline does not look ahead.
-    step_size = settings.lookahead_step_size if callbacks else 0.0
-    for logger in trainer.loggers:
-        logger.log_hyperparams(
-            {**asdict(settings), "lookahead_step_size": step_size},
-            {"hp/val_loss": trainer.callback_metrics["val_loss"].item()},
-        )
-        logger.finalize("success")
-
-
-def _make_trainer(settings: Settings, log_dir: Path, callbacks: Sequence[Callback]) -> Trainer:
-    validate_every = settings.num_steps // NUM_VALIDATIONS
-    checkpoint = ModelCheckpoint(
-        log_dir / "checkpoints",
-        filename="{step}",
-        every_n_train_steps=validate_every,
-        save_on_exception=True,
-    )
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=settings.num_steps,
-        max_epochs=1,
-        val_check_interval=validate_every,
-        num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-        log_every_n_steps=min(10, validate_every),
-        logger=TensorBoardLogger(log_dir.parent, log_dir.name, version="", default_hp_metric=False),
-        callbacks=[*callbacks, LearningRateMonitor("step"), checkpoint],
-        enable_model_summary=False,
-    )
-
-
-def _report(settings: Settings, corpus: Corpus, run_dir: Path) -> None:
-    baseline, treated = (read_scalar(run_dir / name, "val_loss") for name in (BASELINE, TREATED))
-    comparison = compare(baseline, treated)
-    curves = run_dir / "curves.png"
-    draw_curves(
-        curves,
-        baseline,
-        treated,
-        labels=("AdamW", "AdamW with EMA-Nesterov"),
-        lookahead=read_scalar(run_dir / TREATED, "ema_nesterov/step_size"),
-        title=f"Quickstart, learning rate {settings.lr:g}, seed {settings.seed}",
-    )
-    results: dict[str, Any] = {
+    baseline, treated = results
+    reached = standings(results, BASE)[1].steps_to_target
+    seconds = next((p.seconds for p in treated.val_loss if p.step == reached), None)
+    comparison = {
+        "baseline_final": baseline.final,
+        "baseline_best": baseline.best,
+        "final": treated.final,
+        "best": treated.best,
+        "baseline_steps": baseline.val_loss[-1].step if baseline.val_loss else None,
+        "baseline_seconds": baseline.val_loss[-1].seconds if baseline.val_loss else None,
+        "steps_to_baseline_final": reached,
+        "seconds_to_baseline_final": seconds,
+    }
+    record = {
         "settings": asdict(settings),
         "torch": torch.__version__,
         "num_threads": torch.get_num_threads(),
-        "train_sha256": corpus.split["train_sha256"],
-        "validation_sha256": corpus.split["validation_sha256"],
-        "comparison": asdict(comparison),
+        "train_sha256": split["train_sha256"],
+        "validation_sha256": split["validation_sha256"],
+        "comparison": comparison,
         "val_loss": {
-            name: [[point.step, point.value] for point in points]
-            for name, points in ((BASELINE, baseline), (TREATED, treated))
+            name: [[point.step, point.value] for point in result.val_loss]
+            for name, result in zip(("adamw", "adamw_ema_nesterov"), results, strict=True)
         },
     }
-    (run_dir / "results.json").write_text(json.dumps(results))
-    print(f"\nValidation loss in nats per byte\n\n{_table(comparison)}\n\nCurves: {curves}")
-    print(f"Logs: tensorboard --logdir {run_dir}")
-    print(f"With LitGPT: litgpt pretrain --config {BASE_RECIPE} --config {TREATED_RECIPE}")
+    (run_dir / "results.json").write_text(json.dumps(record))
+    curves = run_dir / "curves.png"
+    draw(curves, results, settings)
+    print(f"\nValidation loss in nats per byte\n\n{_table(comparison)}\n")
+    print(_in_words(comparison, settings))
+    print(f"\nCurves: {curves}\nLogs: {typed_command('tensorboard', '--logdir', run_dir)}")
+    if all(map(Path.exists, map(Path, RECIPES))):
+        options = [word for path in RECIPES for word in ("--config", path)]
+        print(f"A larger model with LitGPT: {typed_command('litgpt', 'pretrain', *options)}")
 
 
-def _table(result: Comparison) -> str:
-    reached = (
-        ("never", "never")
-        if result.steps_to_baseline_final is None
-        else (str(result.steps_to_baseline_final), f"{result.seconds_to_baseline_final:.0f}")
+def draw(path: Path, results: list[Result], settings: Settings) -> None:
+    """Draw both curves and their difference; the steps that look ahead are shaded.
+
+    Args:
+        path: PNG file.
+        results: Those of both runs, the baseline's first.
+        settings: What was trained.
+    """
+
+    def named(standing: Standing) -> Standing:
+        return dataclasses.replace(standing, method=_name(standing.method))
+
+    found = [named(standing) for standing in standings(results, BASE)]
+    styles = styles_of([BASELINE, TREATED])
+    draw_curves(
+        path,
+        found,
+        {_name(method): style for method, style in styles.items()},
+        title=f"Quickstart, batch {settings.batch_size}, seed {settings.seed}",
     )
+
+
+def _table(comparison: dict[str, Any]) -> str:
+    def cells(name: str, prefix: str, steps: int | None, seconds: float | None) -> list[str]:
+        losses = [f"{comparison[prefix + key]:.4f}" for key in ("final", "best")]
+        reached = ["never", "never"] if seconds is None else [str(steps), f"{seconds:.0f}"]
+        return [name, *losses, *reached]
+
+    c = comparison
     return format_table(
         [
-            ["run", "final loss", "best loss", "steps to baseline's final", "seconds to it"],
-            [
-                BASELINE,
-                f"{result.baseline_final:.4f}",
-                f"{result.baseline_best:.4f}",
-                str(result.baseline_steps),
-                f"{result.baseline_seconds:.0f}",
-            ],
-            [TREATED, f"{result.final:.4f}", f"{result.best:.4f}", *reached],
+            ["run", "final loss", "best loss", "steps to AdamW's final", "seconds to it"],
+            cells("AdamW", "baseline_", c["baseline_steps"], c["baseline_seconds"]),
+            cells(
+                "AdamW with EMA-Nesterov",
+                "",
+                c["steps_to_baseline_final"],
+                c["seconds_to_baseline_final"],
+            ),
         ]
+    )
+
+
+def _in_words(comparison: dict[str, Any], settings: Settings) -> str:
+    baseline, final = comparison["baseline_final"], comparison["final"]
+    if not math.isfinite(baseline) or not math.isfinite(final):
+        diverged = [n for n, v in ((BASELINE, baseline), (TREATED, final)) if not math.isfinite(v)]
+        return f"{' and '.join(map(_name, diverged))} diverged. Try a smaller --lr."
+    gap = final - baseline
+    if gap == 0:
+        return "Both end at the same loss."
+    steps = comparison["steps_to_baseline_final"]
+    reached = "does not reach AdamW's final loss"
+    if steps is not None:
+        reached = f"reaches AdamW's final loss after {steps:,} of {settings.num_steps:,} steps"
+    return (
+        f"With EMA-Nesterov the final loss is {abs(gap):.4f} nats per byte "
+        f"({abs(gap) / baseline:.1%}) {'lower' if gap < 0 else 'higher'} than with AdamW alone, "
+        f"and it {reached}.\nThis is one seed; --seed {settings.seed + 1} trains another. "
+        "recipes/quickstart/README.md has several."
     )

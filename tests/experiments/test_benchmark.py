@@ -13,6 +13,7 @@ import torch
 from lightning_ema_nesterov.cli import main
 from lightning_ema_nesterov.core.lookahead import Lookahead
 from lightning_ema_nesterov.experiments.benchmark import measure as cost
+from lightning_ema_nesterov.experiments.benchmark import run
 from lightning_ema_nesterov.experiments.benchmark.measure import FORMS, measure_cost
 
 SIZE = 2**21  # blocks are small beside it
@@ -87,15 +88,45 @@ def test_command_prints_a_table_and_writes_the_figures(tmp_path: Path) -> None:
     assert f"default: {figures['us_per_tensor']['default']:.1f} us for each" in printed
 
 
+def test_single_numbers_and_names_are_lists_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the default numbers of tensors, those that the elements can be split into."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--num_elements", "1000", "--num_threads", "1", "--num_rounds", "1"]
+    arguments += ["--forms", "default"]
+    monkeypatch.setattr(sys, "argv", ["ema-nesterov", "benchmark", *arguments])
+    main()
+    costs = json.loads((tmp_path / "out/benchmark.json").read_text())["costs"]
+    assert [(c["form"], c["num_threads"], c["num_tensors"]) for c in costs] == [
+        ("default", 1, 10),
+        ("default", 1, 100),
+    ]
+    assert "Figures: out/benchmark.json" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        ["--num_threads", "[0]"],
-        ["--num_elements", "[1]", "--num_tensors", "[2]"],
-        ["--forms", "[fast]"],
+        (["--num_threads", "0"], "num_threads must be at least 1, got [0]"),
+        (["--num_elements", "1", "--num_tensors", "2"], "num_elements must be at least 2 * num_t"),
+        # What comes before it is not measured in vain.
+        (["--forms", "[default, fast]"], "form must be one of default, compile, one_pass"),
+        (["--device", "cuda:17"], "device must be one that torch finds here, got 'cuda:17': "),
+        (["--device", "gpu"], "device must be one that torch finds here, got 'gpu': "),
     ],
 )
-def test_bad_input_gets_one_line(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_gets_one_line_and_leaves_nothing(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(run, "measure_cost", refuse)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ema-nesterov", "benchmark", *arguments])
-    with pytest.raises(SystemExit, match=r"^ema-nesterov: .* must be .*$"):
+    with pytest.raises(SystemExit) as end:
         main()
+    assert str(end.value).startswith(f"ema-nesterov: {message}")
+    assert "\n" not in str(end.value)
+    assert not list(tmp_path.iterdir())

@@ -1,25 +1,39 @@
-"""The quickstart: its corpus, its model, its command."""
+"""The quickstart: what it trains, says and leaves behind."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch import Trainer, seed_everything
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.data import DataLoader
 
-from lightning_ema_nesterov.cli import main
+from lightning_ema_nesterov import EMANesterov
+from lightning_ema_nesterov.cli import main, quickstart
 from lightning_ema_nesterov.experiments.event_files import read_scalar
 from lightning_ema_nesterov.experiments.model import ByteLanguageModel
+from lightning_ema_nesterov.experiments.quickstart import RECIPES, Settings, make_study
+from lightning_ema_nesterov.experiments.study.report import write_report
+from lightning_ema_nesterov.experiments.study.results import read_event_folder
+from lightning_ema_nesterov.experiments.study.spec import Run
+from lightning_ema_nesterov.experiments.study.train import train_run
 from lightning_ema_nesterov.litgpt.data.corpus import load_corpus
 from lightning_ema_nesterov.litgpt.data.windows import evenly_spaced, shuffled
+from tests.experiments.toys import ROOT, write_text
 
 COMMAND = [sys.executable, "-m", "lightning_ema_nesterov.cli", "quickstart"]
 
@@ -28,7 +42,7 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *arguments],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
         capture_output=True,
         text=True,
         check=False,
@@ -43,143 +57,132 @@ def logged_hyperparameters(log_dir: Path) -> dict[str, float]:
     return {name: value.number_value for name, value in hyperparameters.items()}
 
 
-def write_text(folder: Path, num_files: int) -> Path:
-    text = folder / "text"
-    text.mkdir()
-    for idx in range(num_files):
-        (text / f"{idx}.txt").write_text(f"chapter {idx}: the quick brown fox jumps. " * 40)
-    return text
-
-
-def test_standard_library_is_split_by_whole_files() -> None:
-    corpus = load_corpus(window_size=64)
-    split = corpus.split
-    train, held_out = set(split["train_files"]), set(split["validation_files"])
-    assert not train & held_out
-    assert {"abc.py", "json/decoder.py"} <= train | held_out
-    assert not any("test" in name.split("/") for name in train | held_out)
-    assert len(corpus.train) + len(corpus.validation) > 5_000_000
-    share = len(corpus.validation) / (len(corpus.train) + len(corpus.validation))
-    assert 0.05 <= share < 0.1
-    again = load_corpus(window_size=64)
-    assert torch.equal(corpus.train, again.train)
-    assert again.split == split
-
-
-def test_folder_of_text_is_split_and_equal_files_count_once(tmp_path: Path) -> None:
-    text = write_text(tmp_path, 30)
-    (text / "copy.txt").write_bytes((text / "7.txt").read_bytes())
-    (text / "binary.bin").write_bytes(b"\0\1")
-    (text / ".hidden").write_text("hidden")
-    corpus = load_corpus(text, window_size=16)
-    names = corpus.split["train_files"] + corpus.split["validation_files"]
-    assert sorted(names) == sorted([f"{idx}.txt" for idx in range(30) if idx != 7] + ["7.txt"])
-    assert len(corpus.split["validation_files"]) == 2  # 2 of 30 are over 5 %
-    for name in corpus.split["validation_files"]:
-        assert (text / name).read_bytes() not in corpus.train.numpy().tobytes()
-
-
-def test_single_file_is_cut_at_its_end(tmp_path: Path) -> None:
-    path = tmp_path / "book.txt"
-    path.write_bytes(bytes(range(1, 101)) * 10)
-    for text in (path, tmp_path):
-        corpus = load_corpus(text, window_size=16)
-        joined = torch.cat([corpus.train, corpus.validation])
-        assert joined.numpy().tobytes() == path.read_bytes()
-        assert len(corpus.validation) == 50
-
-
-def test_windows_are_reproducible_and_cover_the_text() -> None:
-    data = torch.arange(200, dtype=torch.uint8)
-    first = shuffled(data, window_size=9, num_windows=500, seed=1)
-    again = shuffled(data, window_size=9, num_windows=500, seed=1)
-    other = shuffled(data, window_size=9, num_windows=500, seed=2)
-    windows = torch.stack([first[idx] for idx in range(len(first))])
-    assert torch.equal(windows, torch.stack([again[idx] for idx in range(500)]))
-    assert not torch.equal(windows, torch.stack([other[idx] for idx in range(500)]))
-    assert windows.shape == (500, 10)
-    assert windows.dtype == torch.long
-    assert set(windows.flatten().tolist()) == set(range(200))
-    spaced = evenly_spaced(data, window_size=9, num_windows=1000)
-    assert len(spaced) == 1 + 190 // 9
-    assert spaced[0][0] == 0
-    assert spaced[len(spaced) - 1][-1] == 199
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "does not exist"),
-        (b"", "holds none"),
-        (b"too short", "must be longer than one window of 64 bytes in both parts"),
-    ],
-)
-def test_wrong_text_files_are_refused(content: bytes | None, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_corpus(path, window_size=64)
-
-
-def test_folder_without_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
-    with pytest.raises(ValueError, match="must hold at least one byte of text"):
-        load_corpus(tmp_path, window_size=64)
-
-
-def test_model_sees_only_the_past() -> None:
-    torch.manual_seed(0)
-    model = ByteLanguageModel(1e-3, 100).eval()
-    window = torch.randint(256, (1, 64))
-    changed = window.clone()
-    changed[0, 40] += 1
-    with torch.no_grad():
-        first, second = model.model(window), model.model(changed % 256)
-    assert torch.equal(first[0, :40], second[0, :40])
-    assert not torch.equal(first[0, 40:], second[0, 40:])
-
-
 def test_quickstart_trains_compares_and_draws(tmp_path: Path) -> None:
     text = write_text(tmp_path, 60)
     arguments = ["--num_steps", "40", "--text", str(text), "--lr", "0.01", "--seed", "3"]
     result = run(*arguments, folder=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "Warning" not in result.stderr
-    folder = tmp_path / "out" / "quickstart" / "run_0"
-    assert f"tensorboard --logdir {folder.relative_to(tmp_path)}" in result.stdout
-    assert "steps to baseline's final" in result.stdout
-    assert "curves.png" in result.stdout
+    assert "arning" not in result.stderr
+    assert "weights_only" not in result.stderr
+    folder = tmp_path / "out/quickstart-trainer/run_0"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((folder / "results.json").read_text())
     assert record["settings"]["lr"] == 0.01
+    assert record["num_threads"] == 1  # without a word about threads in the environment
     assert json.loads((folder / "split.json").read_text())["source"] == str(text)
-    for name, step_size in (("adamw", 0.0), ("adamw_ema_nesterov", 0.5)):
-        assert logged_hyperparameters(folder / name)["lookahead_step_size"] == step_size
-        losses = read_scalar(folder / name, "val_loss")
+    for name, step_size in (("none", 0.0), ("ema_nesterov", 0.5)):
+        log_dir = folder / "runs" / "adamw" / name / "lr-0.01" / "seed-3"
+        assert logged_hyperparameters(log_dir)["lookahead_step_size"] == step_size
+        losses = read_scalar(log_dir, "val_loss")
         assert losses[-1].step == 40  # the last step is validated
         assert losses[-1].value < losses[0].value
-        perplexity = read_scalar(folder / name, "val_ppl")[-1].value
+        perplexity = read_scalar(log_dir, "val_ppl")[-1].value
         assert perplexity == pytest.approx(torch.tensor(losses[-1].value).exp().item(), rel=1e-3)
-        assert read_scalar(folder / name, "lr-AdamW")
-        assert read_scalar(folder / name, "hp/val_loss")
-        assert torch.load(folder / name / "final.ckpt", weights_only=False)["global_step"] == 40
+        assert read_scalar(log_dir, "lr-AdamW")
+        assert read_scalar(log_dir, "hp/val_loss")
+        assert torch.load(log_dir / "final.ckpt", weights_only=False)["global_step"] == 40
     first = [record["val_loss"][name][0] for name in ("adamw", "adamw_ema_nesterov")]
     assert first[0] == first[1]  # the same start: warmup is not over
     assert record["val_loss"]["adamw"] != record["val_loss"]["adamw_ema_nesterov"]
     for name in ("step_size", "direction_norm", "displacement_norm", "alignment"):
-        assert read_scalar(folder / "adamw_ema_nesterov", f"ema_nesterov/{name}")
+        assert read_scalar(log_dir, f"ema_nesterov/{name}")
+    check_what_is_said(result.stdout, record)
 
     again = run(*arguments, folder=tmp_path)
     assert again.returncode == 0, again.stderr
     repeated = json.loads((folder.parent / "run_1" / "results.json").read_text())
     assert repeated["val_loss"] == record["val_loss"]
+    # It is the folder of a study.
+    assert "| ema_nesterov | 0.01 |" in (write_report(folder).parent / "report.md").read_text()
+
+
+def check_what_is_said(output: str, record: dict[str, Any]) -> None:
+    start, _, end = output.partition("Validation loss in nats per byte")
+    assert "Two runs of 40 steps with 1 thread: about 1 min" in start
+    assert "steps to AdamW's final" in end
+    found = record["comparison"]
+    gap = found["final"] - found["baseline_final"]
+    assert gap == record["val_loss"]["adamw_ema_nesterov"][-1][1] - found["baseline_final"]
+    side = "lower" if gap < 0 else "higher"
+    percent = 100 * abs(gap) / found["baseline_final"]
+    assert f"{abs(gap):.4f} nats per byte ({percent:.1f}%) {side} than with AdamW alone" in end
+    assert f"{found['baseline_final']:.4f}" in end
+    assert "--seed 4 trains another" in end
+    # Not in a clone's root: the recipes are not here.
+    assert "litgpt" not in output
+    # The programs are those beside this Python, for a shell that knows nothing of it.
+    [logs] = re.findall(
+        r"^Logs: (.*tensorboard) --logdir out/quickstart-trainer/run_0$", end, re.MULTILINE
+    )
+    if shutil.which("tensorboard") is None:
+        assert Path(logs) == Path(sys.executable).parent / "tensorboard"
+
+
+def test_numbers_are_those_of_a_plain_loop_of_the_trainer(tmp_path: Path) -> None:
+    """The study's machinery trains what the quickstart trained before it had any.
+
+    Its stored results come from a LightningModule with its own optimizer, and windows drawn at
+    once: the same numbers to the last bit.
+    """
+    text = write_text(tmp_path, 60)
+    settings = Settings(40, 3, 0.01, 0.5, 0.99)
+    corpus = load_corpus(text, window_size=64)
+    seed_everything(3, verbose=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=40,
+        val_check_interval=2,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[EMANesterov(0.5, 0.99)],
+    )
+    trainer.fit(
+        ByteLanguageModel(0.01, 40),
+        DataLoader(shuffled(corpus.train, window_size=64, num_windows=320, seed=3), batch_size=8),
+        DataLoader(
+            evenly_spaced(corpus.validation, window_size=64, num_windows=640), batch_size=128
+        ),
+    )
+    study = make_study(settings, text)
+    finals = {}
+    for method in study.methods:
+        found = Run("adamw", method, 0.01, 3)
+        train_run(study, found, tmp_path / "runs", is_watched=method != "none")
+        finals[method] = read_event_folder(tmp_path / "runs" / found.folder).final
+    assert finals["ema_nesterov"] == float(trainer.callback_metrics["val_loss"])
+    assert finals["none"] != finals["ema_nesterov"]
+
+
+@pytest.mark.slow
+def test_run_that_diverges_is_said_to(tmp_path: Path) -> None:
+    text = write_text(tmp_path, 60)
+    result = run("--num_steps", "40", "--text", str(text), "--lr", "1e30", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "AdamW and AdamW with EMA-Nesterov diverged. Try a smaller --lr." in result.stdout
+    assert (tmp_path / "out/quickstart-trainer/run_0/curves.png").exists()
+
+
+def test_folder_is_not_that_of_the_litgpt_recipe() -> None:
+    """Its curves are of another model, and TensorBoard would lay them over these."""
+    default = inspect.signature(quickstart).parameters["out_dir"].default
+    recipes = [
+        yaml.safe_load(path.read_text()) for path in (ROOT / RECIPES[0]).parent.glob("*.yaml")
+    ]
+    assert len(recipes) == 4
+    for recipe in recipes:
+        assert default not in Path(recipe["out_dir"]).parents
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lookahead_step_size", "1"], "lookahead_step_size must be in [0, 1), got 1.0"),
+        (["--lookahead_step_size", "1"], "lookahead_step_size must be in"),
+        (["--seed", "-1"], "seed must be in [0, 2 ** 32), got -1"),
+        (["--num_threads", "0"], "num_threads must be at least 1, got 0"),
         (["--ema_decay", "1.5"], "ema_decay must be in [0, 1), got 1.5"),
         (["--text", "missing.txt"], "missing.txt does not exist"),
         (["--num_steps", "50"], "num_steps must be a positive multiple of 20"),
@@ -206,6 +209,7 @@ def test_bad_input_gets_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_run_leaves_logs_and_a_checkpoint_at_the_iterate(tmp_path: Path) -> None:
     text = write_text(tmp_path, 60)
     process = subprocess.Popen(
@@ -213,15 +217,18 @@ def test_interrupted_run_leaves_logs_and_a_checkpoint_at_the_iterate(tmp_path: P
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=(tmp_path / "errors").open("w"),
     )
-    folder = tmp_path / "out" / "run_0" / "adamw_ema_nesterov"
+    folder = tmp_path / "out/run_0/runs/adamw/ema_nesterov/lr-0.002/seed-0"
     deadline = time.monotonic() + 240
     while not list(folder.glob("checkpoints/step=60.ckpt")) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) != 0
+    error = (tmp_path / "errors").read_text()
+    assert "Stopped. Logs and checkpoints up to here: out/run_0" in error
+    assert "Traceback" not in error
     assert read_scalar(folder, "val_loss")
     saved = [torch.load(p, weights_only=False) for p in folder.glob("checkpoints/*.ckpt")]
     last = max(saved, key=lambda checkpoint: checkpoint["global_step"])

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import projected_reference as reference
 from torch import Tensor
 
 from lightning_ema_nesterov.optimizers import APOLLO, groups_by_role
+from tests.optimizers import projected_reference as reference
 from tests.optimizers.tiny import HIDDEN, TinyLM, equal, state_elements, train
 
 Memory = dict[str, Any]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizers import projected_reference as reference
 
 from lightning_ema_nesterov.optimizers import GaLore, groups_by_role
+from tests.optimizers import projected_reference as reference
 from tests.optimizers.tiny import HIDDEN, VOCAB, WIDTH, TinyLM, state_elements, train
 
 SCALE = 0.25

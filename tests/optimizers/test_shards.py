@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import shards_worker
 from torch import Tensor
 
 from lightning_ema_nesterov.optimizers import groups_by_role
+from tests.optimizers import shards_worker
 from tests.optimizers.tiny import OPTIMIZERS, TinyLM, train
 
 NUM_PROCESSES = 2

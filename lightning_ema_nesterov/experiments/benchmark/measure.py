@@ -21,7 +21,7 @@ from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 from lightning_ema_nesterov.rules.make import Settings
 
-__all__ = ["FORMS", "Cost", "measure_cost"]
+__all__ = ["FORMS", "Cost", "check_case", "measure_cost"]
 
 STEP_SIZE, EMA_DECAY = 0.5, 0.99
 
@@ -129,6 +129,21 @@ def _peak_bytes(action: Callable[[], Any]) -> int:
     return max(held, default=0)
 
 
+def check_case(num_elements: int, num_tensors: int, *, form: str, num_rounds: int) -> None:
+    """Raise unless :func:`measure_cost` can measure it.
+
+    Raises:
+        ValueError: If a number is too small, or the form is unknown.
+    """
+    if not 1 <= 2 * num_tensors <= num_elements or num_rounds < 1:
+        raise ValueError(
+            "num_elements must be at least 2 * num_tensors, and num_tensors and num_rounds at "
+            f"least 1, got {num_elements}, {num_tensors} and {num_rounds}."
+        )
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
+
+
 def measure_cost(
     num_elements: int,
     num_tensors: int,
@@ -149,13 +164,7 @@ def measure_cost(
     Raises:
         ValueError: If a number is too small, or the form is unknown.
     """
-    if not 1 <= 2 * num_tensors <= num_elements or num_rounds < 1:
-        raise ValueError(
-            "num_elements must be at least 2 * num_tensors, and num_tensors and num_rounds at "
-            f"least 1, got {num_elements}, {num_tensors} and {num_rounds}."
-        )
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}.")
+    check_case(num_elements, num_tensors, form=form, num_rounds=num_rounds)
     actions, lookahead = _prepare(_shapes(num_elements, num_tensors), form, device)
     times: dict[str, list[float]] = {name: [] for name in actions}
     for round_idx in range(num_rounds + 2):  # the first two warm up

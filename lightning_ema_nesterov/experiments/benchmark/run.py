@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lightning_ema_nesterov.experiments.benchmark.measure import Cost, measure_cost
-from lightning_ema_nesterov.experiments.event_files import format_table
+from lightning_ema_nesterov.experiments.benchmark.measure import Cost, check_case, measure_cost
+from lightning_ema_nesterov.experiments.tables import format_table
 
 __all__ = ["run_benchmark"]
 
@@ -51,10 +51,15 @@ def run_benchmark(
         out: The file; its folder is made.
 
     Raises:
-        ValueError: If a number is too small, or a form is unknown.
+        ValueError: If a number is too small, a form is unknown, or there is no such device; before
+            anything is measured.
     """
     if min(num_threads, default=0) < 1:
         raise ValueError(f"num_threads must be at least 1, got {list(num_threads)}.")
+    for form in forms:
+        for num_elements, num_tensors in sizes:
+            check_case(num_elements, num_tensors, form=form, num_rounds=num_rounds)
+    _check_device(device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports every start and stop
     costs = []
     cases = [(t, form, size) for t in num_threads for form in forms for size in sizes]
@@ -72,6 +77,16 @@ def run_benchmark(
     for form, overhead in overheads.items():
         print(f"{form}: {overhead:.1f} us for each further tensor")
     print(f"\nFigures: {out}")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of them
+        [reason, *_] = str(error).splitlines()
+        raise ValueError(
+            f"device must be one that torch finds here, got {device!r}: {reason}"
+        ) from error
 
 
 def _overheads(costs: Sequence[Cost]) -> dict[str, float]:

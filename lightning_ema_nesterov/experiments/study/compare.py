@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lightning_ema_nesterov.experiments.study.claim import claim
 from lightning_ema_nesterov.experiments.study.results import (
     Result,
     read_event_folder,
@@ -25,10 +25,11 @@ from lightning_ema_nesterov.experiments.study.results import (
 )
 from lightning_ema_nesterov.experiments.study.spec import Run, Study
 from lightning_ema_nesterov.experiments.study.train import train_run
+from lightning_ema_nesterov.experiments.typed_commands import typed_command
 
 __all__ = ["RUNS", "run_study"]
 
-CONFIG, LINES, RUNS = "study.json", "runs.jsonl", "runs"
+LINES, RUNS = "runs.jsonl", "runs"
 
 
 def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
@@ -41,22 +42,22 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
         num_workers: Runs at the same time, at least 1.
 
     Raises:
-        ValueError: If the folder holds another study.
+        ValueError: If the folder holds another study, or ``num_workers`` is too small.
     """
     if num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, got {num_workers}.")
-    _claim(study, out_dir)
-    runs = study.runs()
     finished = {result.run for result in read_lines(out_dir / LINES)}
+    claim(study, out_dir, finished)
+    runs = study.runs()
     left = [run for run in runs if run not in finished]
     num_finished = len(runs) - len(left)
     print(f"{len(runs)} runs, {num_finished} of them finished. Folder: {out_dir}")
-    print(f"Watch: tensorboard --logdir {out_dir / RUNS}")
+    print(f"Watch: {typed_command('tensorboard', '--logdir', out_dir / RUNS)}")
     try:
         _train_all(study, left, out_dir, num_workers=num_workers, num_finished=num_finished)
     except (KeyboardInterrupt, SystemExit):  # the latter is the Trainer's answer to Ctrl-C
         sys.exit("Stopped. The same command goes on from here.")
-    print(f"Report: ema-nesterov report {out_dir}")
+    print(f"Report: {typed_command('ema-nesterov', 'report', out_dir)}")
 
 
 def _train_all(
@@ -77,24 +78,6 @@ def _train_all(
 def _describe(waiting: Iterable[Run], num_workers: int) -> str:
     running = itertools.islice(waiting, num_workers)
     return ", ".join(f"{r.base} {r.method} {r.lr:g} seed {r.seed}" for r in running) or "finished"
-
-
-def _claim(study: Study, out_dir: Path) -> None:
-    config = json.loads(json.dumps(study.as_dict()))
-    path = out_dir / CONFIG
-    if not path.exists():
-        if out_dir.exists() and any(out_dir.iterdir()):
-            raise ValueError(f"{out_dir} is not empty and holds no study: give another out_dir.")
-        out_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config, indent=1))
-        return
-    known = json.loads(path.read_text())
-    different = sorted(key for key in config if config[key] != known.get(key))
-    if different:
-        raise ValueError(
-            f"{out_dir} holds another study: {', '.join(different)} differ. Give another out_dir; "
-            "nothing was changed."
-        )
 
 
 def _results(study: Study, runs: Sequence[Run], root: Path, num_workers: int) -> Iterator[Result]:

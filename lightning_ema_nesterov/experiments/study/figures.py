@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_ema_nesterov.experiments.study.results import Result
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import Standing, by_lr, mean_curve
 
-__all__ = ["draw_curves", "draw_grids", "draw_learning_rates"]
+__all__ = ["Style", "draw_curves", "draw_grids", "draw_learning_rates", "styles_of"]
 
-_COLOURS = ["tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:pink"]
+_COLOURS = [
+    *("tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:pink"),
+    *("tab:olive", "tab:cyan"),
+]
+_LINES = ["-", "--", ":", "-."]
+
+Style = Mapping[str, Any]
 
 
 @contextmanager
@@ -31,74 +39,146 @@ def _figure(path: Path, *, height: float) -> Iterator[Figure]:
     figure.savefig(path, dpi=110)
 
 
-def _colour_of(methods: Sequence[str]) -> dict[str, str]:
-    others = [name for name in methods if name != BASELINE]
-    colours = {name: _COLOURS[idx % len(_COLOURS)] for idx, name in enumerate(others)}
-    return {BASELINE: "black", **colours}
+def styles_of(methods: Sequence[str]) -> dict[str, Style]:
+    """Return how each method of a study is drawn, the same in all of its figures.
+
+    Args:
+        methods: Names of all methods, in the order of the study.
+
+    Returns:
+        Colour and line style of each; the baseline's is black.
+    """
+    others = [name for name in dict.fromkeys(methods) if name != BASELINE]
+    styles: dict[str, Style] = {BASELINE: {"color": "black", "linestyle": "-"}}
+    for idx, name in enumerate(others):
+        line, colour = divmod(idx, len(_COLOURS))
+        styles[name] = {"color": _COLOURS[colour], "linestyle": _LINES[line % len(_LINES)]}
+    return styles
 
 
-def draw_curves(path: Path, base: str, found: Sequence[Standing]) -> None:
+def draw_curves(
+    path: Path,
+    found: Sequence[Standing],
+    styles: Mapping[str, Style],
+    *,
+    title: str,
+) -> None:
     """Draw validation loss over steps, and its difference to the baseline, at the best rates.
+
+    Where one method alone is compared, the steps in which it looks ahead are shaded.
+
+    Args:
+        path: PNG file.
+        found: Standings on one base optimizer, the baseline first.
+        styles: As :func:`styles_of` gives them.
+        title: Title of the picture.
+    """
+    curves = {s.method: mean_curve(s.results.values()) for s in found}
+    reference = {step: loss for step, loss, _ in curves[found[0].method]}
+    with _figure(path, height=7.0) as figure:
+        losses, gaps = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        late: list[float] = []
+        for standing in found:
+            if not curves[standing.method]:
+                continue  # each of its runs diverged
+            columns = zip(*curves[standing.method], strict=True)
+            steps, means, spread = (np.array(column) for column in columns)
+            style = styles[standing.method]
+            label = f"{standing.method}, lr {standing.lr:g}, ends at {means[-1]:.4f}"
+            losses.plot(steps, means, **style, label=label)
+            losses.fill_between(
+                steps, means - spread, means + spread, color=style["color"], alpha=0.12
+            )
+            gap = means - np.array([reference.get(step, math.nan) for step in steps.tolist()])
+            gaps.plot(steps, gap, **style, marker=".")
+            late += gap[len(gap) // 3 :].tolist()
+        values = [loss for curve in curves.values() for _, loss, _ in curve]
+        has_seeds = any(len(standing.results) > 1 for standing in found)
+        _frame(losses, gaps, values, reference, late, has_seeds=has_seeds)
+        losses.set_title(title)
+        if len(found) == 2:
+            _shade((losses, gaps), found[1])
+
+
+def _frame(
+    losses: Axes,
+    gaps: Axes,
+    values: Sequence[float],
+    reference: Mapping[int, float],
+    late: Sequence[float],
+    *,
+    has_seeds: bool,
+) -> None:
+    """Label the axes, and show what is close to the baseline rather than the start."""
+    if reference:
+        top = list(reference.values())[len(reference) // 5]
+        losses.set_ylim(min(values) - 0.03, top + 0.05)
+        margin = min(1.15 * max(map(abs, late), default=0.0) + 1e-3, 0.15)
+        gaps.set_ylim(-margin, margin)
+    if values:
+        losses.legend(fontsize="small")
+    losses.set_ylabel(f"validation loss{', mean ± sd of seeds' * has_seeds}")
+    gaps.set_ylabel("difference to the baseline\n(below 0 is better)")
+    gaps.set_xlabel("optimizer steps")
+
+
+def _shade(both: Sequence[Axes], standing: Standing) -> None:
+    ranges = [r.lookahead_steps for r in standing.results.values() if r.lookahead_steps]
+    if not ranges:
+        return
+    for axes in both:
+        axes.axvspan(
+            min(first for first, _ in ranges),
+            max(last for _, last in ranges),
+            color="tab:blue",
+            alpha=0.07,
+            linewidth=0,
+        )
+    both[-1].annotate(
+        f"shaded: {standing.method} looks ahead",
+        (0.01, 0.05),
+        xycoords="axes fraction",
+        fontsize="small",
+    )
+
+
+def draw_learning_rates(
+    path: Path, base: str, results: Sequence[Result], styles: Mapping[str, Style]
+) -> None:
+    """Draw the final loss over the learning rates, mean and standard deviation over seeds.
 
     Args:
         path: PNG file.
         base: Name of the base optimizer.
-        found: Its standings, the baseline first.
+        results: Results of a study.
+        styles: As :func:`styles_of` gives them, in the order of the legend.
     """
-    colours = _colour_of([standing.method for standing in found])
-    reference = {step: loss for step, loss, _ in mean_curve(found[0].results.values())}
-    with _figure(path, height=7.0) as figure:
-        losses, gaps = figure.subplots(2, 1, sharex=True)
-        late: list[float] = []
-        for standing in found:
-            curve = mean_curve(standing.results.values())
-            steps, values, spread = (np.array(column) for column in zip(*curve, strict=True))
-            colour = colours[standing.method]
-            losses.plot(steps, values, color=colour, label=f"{standing.method}, lr {standing.lr:g}")
-            losses.fill_between(steps, values - spread, values + spread, color=colour, alpha=0.12)
-            gap = values - np.array([reference[step] for step in steps.tolist()])
-            gaps.plot(steps, gap, color=colour, marker=".")
-            late += gap[len(gap) // 3 :].tolist()
-        bottom = min(loss for s in found for _, loss, _ in mean_curve(s.results.values()))
-        top = list(reference.values())[len(reference) // 5]
-        losses.set_ylim(bottom - 0.03, top + 0.05)
-        losses.set_ylabel("validation loss, mean ± sd of seeds")
-        losses.set_title(f"{base}: each method at its best learning rate")
-        losses.legend(fontsize="small")
-        margin = min(1.15 * max(map(abs, late), default=0.0) + 1e-3, 0.15)
-        gaps.set_ylim(-margin, margin)
-        gaps.set_ylabel("difference to the baseline\n(below 0 is better)")
-        gaps.set_xlabel("optimizer steps")
-
-
-def draw_learning_rates(path: Path, base: str, results: Sequence[Result]) -> None:
-    """Draw the final loss over the learning rates, mean and standard deviation over seeds."""
-    methods = list(dict.fromkeys(r.run.method for r in results if r.run.base == base))
-    colours = _colour_of(methods)
     with _figure(path, height=4.2) as figure:
         axes = figure.subplots()
-        for method in methods:
+        for method, style in styles.items():
             rows = [
                 (lr, [r.final for r in seeds.values()])
                 for lr, seeds in by_lr(results, base, method).items()
             ]
             rows = [(lr, finals) for lr, finals in rows if all(map(math.isfinite, finals))]
+            if not rows:
+                continue
             axes.errorbar(
                 [lr for lr, _ in rows],
                 [mean(finals) for _, finals in rows],
                 [stdev(finals) if len(finals) > 1 else 0.0 for _, finals in rows],
-                color=colours[method],
+                **style,
                 marker="o",
                 capsize=3,
                 label=method,
             )
+            axes.legend(fontsize="small")
         axes.set_xscale("log", base=2)
         ticks = sorted({r.run.lr for r in results if r.run.base == base})
         axes.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
         axes.set_xlabel("learning rate")
         axes.set_ylabel("final validation loss")
         axes.set_title(f"{base}: final loss over the learning rate")
-        axes.legend(fontsize="small")
 
 
 def draw_grids(folder: Path, base: str, found: Sequence[Standing]) -> list[Path]:

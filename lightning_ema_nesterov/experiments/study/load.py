@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from jsonargparse import ArgumentParser, get_loader
 
+from lightning_ema_nesterov.experiments.study.check import check_study
 from lightning_ema_nesterov.experiments.study.spec import (
     BASELINE,
     BaseOptimizer,
+    ClassSpec,
     MethodSpec,
     Study,
-    find_class,
 )
-from lightning_ema_nesterov.optimizers.from_config import import_optimizer
 
 __all__ = ["load_study"]
 
-_CLASS_KEYS = {"class_path", "init_args"}
 _T = TypeVar("_T")
 
 
@@ -35,24 +37,44 @@ def load_study(path: Path, *, is_quick: bool = False) -> Study:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a key, a method or an optimizer is not known, or a value out of its range.
+        ValueError: If it is no YAML, if a key, a method or an optimizer is not known, or if a
+            value is of another type or out of its range; the message is one line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"study must be a YAML file, and {path} does not exist.")
-    raw = yaml.safe_load(path.read_text())
+    raw = _mapping(_read_yaml(path), "study")
     if is_quick:
-        if not (isinstance(raw, dict) and raw.get("quick")):
+        if not raw.get("quick"):
             raise ValueError(f"{path} has no quick form: it lacks the key quick.")
-        raw = {**raw, **raw["quick"]}
-    study = _make(Study, raw, "study")
-    bases = {
-        name: _make_base(spec, f"base_optimizers.{name}")
-        for name, spec in _mapping(study.base_optimizers, "base_optimizers").items()
-    }
-    methods = dict(_expand_methods(_mapping(study.methods, "methods")))
-    study = dataclasses.replace(study, base_optimizers=bases, methods=methods)
-    _check(study)
+        raw = {**raw, **_mapping(raw["quick"], "quick")}
+    _check_keys(Study, raw, "study")
+    callbacks = raw.get("callbacks") or []
+    if not isinstance(callbacks, list):
+        raise ValueError(f"callbacks must be a list, got {callbacks!r}.")
+    study = _make(
+        Study,
+        raw,
+        "study",
+        model=_make(ClassSpec, raw["model"], "model"),
+        data=_make(ClassSpec, raw["data"], "data"),
+        callbacks=[_make(ClassSpec, spec, "callbacks") for spec in callbacks],
+        base_optimizers=_make_bases(raw["base_optimizers"], "base_optimizers"),
+        methods=dict(_expand_methods(_mapping(raw["methods"], "methods"))),
+    )
+    check_study(study)
     return study
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        # This one reads 1e-3 as a number, as YAML 1.2 does; PyYAML alone reads text.
+        return get_loader("yaml")(path.read_text())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "one place"
+        raise ValueError(f"{path} is not YAML in {where}: {error.problem}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
 
 
 def _mapping(value: Any, key: str) -> Mapping[str, Any]:
@@ -61,92 +83,98 @@ def _mapping(value: Any, key: str) -> Mapping[str, Any]:
     return value
 
 
-def _make(cls: type[_T], raw: Any, key: str) -> _T:
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass
-    given = _mapping({} if raw is None else raw, key) if raw else {}
-    unknown = [name for name in given if name not in fields]
-    if unknown:
+def _make(cls: type[_T], raw: Any, key: str, **made: Any) -> _T:
+    """Make a dataclass.
+
+    Args:
+        cls: The dataclass.
+        raw: What the YAML has for it.
+        key: Where in the YAML it stands.
+        made: Attributes that are made already.
+    """
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{key} must have {_names(cls)}, got {raw!r}.")
+    _check_keys(cls, raw, key)
+    types = {f.name: str(f.type) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # it is
+    # `init_args:` with nothing behind it is null, and means nothing.
+    given = {
+        name: int(value) if types[name] == "int" and _is_whole(value) else value
+        for name, value in raw.items()
+        if name not in made and (value is not None or "None" in types[name])
+    }
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, skip=set(made))
+    try:
+        parsed = parser.parse_object(copy.deepcopy(given))  # it changes what it gets
+    except ArgumentError as error:
+        named = re.search(r'Parser key "(\w+)', str(error))
+        if named is None:  # a required key that is null
+            named = re.search(r'Key "(\w+)', str(error))
+        name = named[1] if named else ""
+        value = f", got {raw.get(name)!r}" if named else f": {' '.join(str(error).split())}"
+        where = name if cls is Study else f"{key}.{name}"
         raise ValueError(
-            f"{key} has the unknown key {unknown[0]!r}; known are {', '.join(fields)}."
-        )
-    required = [
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in given]
+            f"{where} must be {_in_words(types.get(name, 'valid'))}{value}."
+        ) from error
+    # Where anything is allowed jsonargparse reads "5" as a number; the YAML says what is text.
+    return cls(
+        **{n: given.get(n, v) if "Any" in types[n] else v for n, v in vars(parsed).items()}, **made
+    )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+def _in_words(annotation: str) -> str:
+    words = {
+        "int": "a whole number",
+        "float": "a number",
+        "float | None": "a number or null",
+        "str": "text",
+        "str | None": "text",
+        "list[int]": "a list of whole numbers",
+        "list[float]": "a list of numbers",
+        "list[str]": "a list of names",
+        "dict[str, list[Any]]": "lists of values by name",
+    }
+    return words.get(annotation, "a mapping of names" if annotation[:4] == "dict" else annotation)
+
+
+def _names(cls: type) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def _check_keys(cls: type, raw: Mapping[str, Any], key: str) -> None:
+    fields = dataclasses.fields(cls)
+    known = [f.name for f in fields]
+    unknown = [name for name in raw if name not in known]
+    if unknown:
+        raise ValueError(f"{key} has the unknown key {unknown[0]!r}; known are {', '.join(known)}.")
+    no_value = dataclasses.MISSING
+    required = [f.name for f in fields if f.default is no_value and f.default_factory is no_value]
+    missing = [name for name in required if name not in raw]
     if missing:
         raise ValueError(f"{key} lacks {', '.join(missing)}.")
-    return cls(**given)
 
 
-def _make_base(raw: Any, key: str) -> BaseOptimizer:
-    base = _make(BaseOptimizer, raw, key)
-    instead = {
-        name: _make(BaseOptimizer, spec, f"{key}.instead.{name}")
-        for name, spec in base.instead.items()
-    }
-    for name, found in {"": base, **instead}.items():
-        if not found.lrs or not all(lr > 0 for lr in found.lrs):
-            where = f"{key}.instead.{name}" if name else key
-            raise ValueError(f"{where}.lrs must be learning rates above 0, got {found.lrs}.")
-        try:
-            factory = import_optimizer(found.class_path, key)
-        except TypeError as error:
-            raise ValueError(str(error)) from error
-        _check_arguments(factory, found.init_args, key)
-    return dataclasses.replace(base, instead=instead)
+def _make_bases(raw: Any, key: str) -> dict[str, BaseOptimizer]:
+    found = {}
+    for name, spec in _mapping(raw, key).items():
+        where = f"{key}.{name}"
+        has_others = isinstance(spec, Mapping) and spec.get("instead")
+        others = _make_bases(spec["instead"], f"{where}.instead") if has_others else {}
+        found[name] = _make(BaseOptimizer, spec, where, instead=others)
+    return found
 
 
 def _expand_methods(raw: Mapping[str, Any]) -> Iterator[tuple[str, MethodSpec]]:
     for name, spec in {BASELINE: None, **raw}.items():
-        method = _make(MethodSpec, spec, f"methods.{name}")
+        method = _make(MethodSpec, {} if spec is None else spec, f"methods.{name}")
         if (method.class_path is None) != (name == BASELINE):
             raise ValueError(f"methods.{name} must have a class_path, and {BASELINE} must not.")
         for values in itertools.product(*method.grid.values()):
             chosen = dict(zip(method.grid, values, strict=True))
             suffix = ",".join(f"{key}={value}" for key, value in chosen.items())
-            init_args = {**method.init_args, **chosen}
-            made = dataclasses.replace(method, init_args=init_args, grid={})
-            if made.class_path is not None:
-                cls = find_class(made.class_path)
-                _check_arguments(cls, init_args, f"methods.{name}")
-                cls(**init_args)  # says what is out of its range
+            made = dataclasses.replace(method, init_args={**method.init_args, **chosen}, grid={})
             yield (f"{name}[{suffix}]" if suffix else name), made
-
-
-def _check_arguments(cls: Callable[..., Any], init_args: Mapping[str, Any], key: str) -> None:
-    known = inspect.signature(cls).parameters
-    unknown = [name for name in init_args if name not in known]
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        raise ValueError(
-            f"{key}.init_args has the unknown key {unknown[0]!r}; known are {', '.join(known)}."
-        )
-
-
-def _check(study: Study) -> None:
-    if study.num_validations < 1 or study.num_steps % study.num_validations or study.num_steps < 1:
-        raise ValueError(
-            "num_steps must be a positive multiple of num_validations, got "
-            f"{study.num_steps} and {study.num_validations}."
-        )
-    for name in ("lr_warmup", "lr_decay"):
-        if not 0 <= getattr(study, name) <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {getattr(study, name)}.")
-    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
-        raise ValueError(f"seeds must be different numbers, at least one, got {study.seeds}.")
-    _check_names(study.base_optimizers, [m.bases for m in study.methods.values()])
-    instead = [list(base.instead) for base in study.base_optimizers.values()]
-    _check_names(study.methods, instead)
-    specs = {"model": study.model, "data": study.data}
-    for key, spec in [*specs.items(), *(("callbacks", spec) for spec in study.callbacks)]:
-        if not isinstance(spec, Mapping) or not {"class_path"} <= set(spec) <= _CLASS_KEYS:
-            raise ValueError(f"{key} must have class_path and init_args, got {spec!r}.")
-        init_args = spec.get("init_args") or {}
-        _check_arguments(find_class(spec["class_path"]), init_args, key)
-
-
-def _check_names(known: Mapping[str, object], used: Sequence[Sequence[str]]) -> None:
-    for name in itertools.chain.from_iterable(used):
-        if name not in known:
-            raise ValueError(f"{name!r} is not known; known are {', '.join(known)}.")

@@ -5,22 +5,27 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import markdown
 
-from lightning_ema_nesterov.experiments.study.compare import CONFIG, RUNS
+from lightning_ema_nesterov.experiments.study.claim import read_config
+from lightning_ema_nesterov.experiments.study.compare import RUNS
 from lightning_ema_nesterov.experiments.study.figures import (
     draw_curves,
     draw_grids,
     draw_learning_rates,
+    styles_of,
 )
 from lightning_ema_nesterov.experiments.study.results import Result, read_events
+from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import (
     CONFIDENCE,
     Standing,
     markdown_table,
+    notes,
     standings,
 )
 
@@ -49,11 +54,14 @@ def write_report(study_dir: Path) -> Path:
         FileNotFoundError: If no run is finished.
     """
     results = read_events(study_dir / RUNS)
+    config = read_config(study_dir) or {"methods": {}, "base_optimizers": {}}
     folder = study_dir / "report"
     folder.mkdir(exist_ok=True)
-    sections = [_introduction(study_dir, results)]
-    for base in dict.fromkeys(result.run.base for result in results):
-        sections.append(_section(folder, base, results))
+    methods = list(dict.fromkeys([*config["methods"], *(r.run.method for r in results)]))
+    trained = {result.run.base for result in results}
+    bases = dict.fromkeys([*config["base_optimizers"], *sorted(trained)])
+    sections = [_introduction(study_dir.name, config, results)]
+    sections += [_section(folder, base, results, methods) for base in bases if base in trained]
     text = "\n\n".join(sections) + "\n"
     (folder / "report.md").write_text(text)
     page = folder / "report.html"
@@ -62,22 +70,21 @@ def write_report(study_dir: Path) -> Path:
     return page
 
 
-def _introduction(study_dir: Path, results: Sequence[Result]) -> str:
+def _introduction(name: str, study: Mapping[str, Any], results: Sequence[Result]) -> str:
     seeds = sorted({result.run.seed for result in results})
     num_diverged = sum(result.is_diverged for result in results)
-    config = study_dir / CONFIG
     settings = ""
-    if config.exists():
-        study = json.loads(config.read_text())
+    if "model" in study:
         settings = (
             f"Model `{study['model']['class_path']}`, data `{study['data']['class_path']}` "
             f"{json.dumps(study['data'].get('init_args') or {})}, {study['num_steps']:,} steps. "
         )
     return (
-        f"# {study_dir.name}\n\n{settings}{len(results)} finished runs, seeds "
+        f"# {name}\n\n{settings}{len(results)} finished runs, seeds "
         f"{', '.join(map(str, seeds))}, {num_diverged} diverged.\n\n"
         "Each method stands at the learning rate of its smallest mean final loss, also the "
-        "baseline `none`; that choice was made on the losses shown. Losses are mean ± standard "
+        "baseline `none`; that choice was made on the losses shown. (smallest) and (largest) mark "
+        "one at the edge of those tried: a better one may lie beyond. Losses are mean ± standard "
         "deviation over seeds. Differences are paired by seed, with a "
         f"{CONFIDENCE:.0%} confidence interval. β is the lookahead step size: a steady update "
         "grows by 1 / (1 - β), so the baseline is shown at that learning rate too. Extra "
@@ -85,20 +92,25 @@ def _introduction(study_dir: Path, results: Sequence[Result]) -> str:
     )
 
 
-def _section(folder: Path, base: str, results: Sequence[Result]) -> str:
-    found = standings(results, base)
+def _section(folder: Path, base: str, results: Sequence[Result], methods: Sequence[str]) -> str:
+    if not any((r.run.base, r.run.method) == (base, BASELINE) for r in results):
+        return f"## {base}\n\nNo run of the baseline is finished yet."
+    found = standings(results, base, methods)
+    said = "\n".join(f"* {note}" for note in notes(results, base, methods))
     grids = draw_grids(folder, base, found)
     if grids:
         table = markdown_table([found[0], *sorted(found[1:], key=_mean_difference)])
         pictures = [f"![Differences to the baseline]({path.name})" for path in grids]
-        return "\n\n".join([f"## {base}", *pictures, table])
+        return "\n\n".join(filter(None, [f"## {base}", *pictures, table, said]))
     curves, rates = folder / f"{base}_curves.png", folder / f"{base}_learning_rates.png"
-    draw_curves(curves, base, found)
-    draw_learning_rates(rates, base, results)
-    return (
-        f"## {base}\n\n{markdown_table(found)}\n\n![Validation loss over steps]({curves.name})\n\n"
-        f"![Final loss over learning rates]({rates.name})"
-    )
+    styles = styles_of(methods)
+    draw_curves(curves, found, styles, title=f"{base}: each method at its best learning rate")
+    draw_learning_rates(rates, base, results, styles)
+    pictures = [
+        f"![Validation loss over steps]({curves.name})",
+        f"![Final loss over learning rates]({rates.name})",
+    ]
+    return "\n\n".join(filter(None, [f"## {base}", markdown_table(found), said, *pictures]))
 
 
 def _mean_difference(standing: Standing) -> float:

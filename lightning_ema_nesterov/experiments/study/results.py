@@ -44,7 +44,9 @@ class Result:
         is_diverged: Whether its loss was not finite at some step.
         step_seconds: Median time of a training step; of the process alone on a CPU.
         state_per_parameter: Elements that the optimizer keeps for each element of a parameter.
-        step_size: Largest lookahead step size that was used.
+        step_size: Lookahead step size that was farthest from 0.
+        lookahead_steps: First and last step that is known to have looked ahead, of those that
+            were logged; ``None`` if there was none.
     """
 
     run: Run
@@ -53,11 +55,17 @@ class Result:
     step_seconds: float
     state_per_parameter: float
     step_size: float
+    lookahead_steps: tuple[int, int] | None = None
 
     @property
     def final(self) -> float:
         """Last validation loss; infinite where the run diverged."""
         return float("inf") if self.is_diverged else self.val_loss[-1].value
+
+    @property
+    def best(self) -> float:
+        """Smallest validation loss; infinite where there is none."""
+        return min((point.value for point in self.val_loss), default=float("inf"))
 
 
 def read_events(root: Path) -> list[Result]:
@@ -92,14 +100,16 @@ def _read_events(folder: Path) -> Result | None:
     scalars = read_scalars(folder)
     if DIVERGED not in scalars:
         return None
-    step_sizes = [point.value for point in scalars.get(_STEP_SIZE, [])]
+    step_sizes = scalars.get(_STEP_SIZE, [])
+    ahead = [point.step for point in step_sizes if point.value]
     return Result(
         run=Run.of_folder(folder),
         val_loss=scalars.get("val_loss", []),
         is_diverged=bool(scalars[DIVERGED][-1].value),
         step_seconds=scalars[STEP_SECONDS][-1].value,
         state_per_parameter=scalars[STATE_PER_PARAMETER][-1].value,
-        step_size=max(step_sizes, default=0.0),
+        step_size=max((point.value for point in step_sizes), key=abs, default=0.0),
+        lookahead_steps=(min(ahead), max(ahead)) if ahead else None,
     )
 
 
@@ -111,6 +121,7 @@ def write_line(path: Path, result: Result) -> None:
         "step_seconds": round(result.step_seconds, 5),
         "state_per_parameter": round(result.state_per_parameter, 3),
         "step_size": round(result.step_size, 4),
+        "lookahead_steps": result.lookahead_steps,
         "val_loss": [[p.step, round(p.seconds, 1), round(p.value, 5)] for p in result.val_loss],
     }
     is_cut = path.exists() and not path.read_bytes().endswith(b"\n")
@@ -138,4 +149,6 @@ def _read_lines(lines: Iterable[str]) -> Iterable[Result]:
             line["step_seconds"],
             line["state_per_parameter"],
             line["step_size"],
+            # Lines of former versions have none.
+            tuple(line["lookahead_steps"]) if line.get("lookahead_steps") else None,
         )

@@ -5,23 +5,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_ema_nesterov import EMANesterov, peers
+from lightning_ema_nesterov.experiments.study.classes import find_class
 
-__all__ = ["BASELINE", "BaseOptimizer", "MethodSpec", "Run", "Study", "find_class"]
+__all__ = ["BASELINE", "BaseOptimizer", "ClassSpec", "MethodSpec", "Run", "Study"]
 
 BASELINE = "none"
 """Name of the method that is none: the base optimizer alone. Every study has it."""
-
-_METHODS: dict[str, Callable[..., Any]] = {
-    "EMANesterov": EMANesterov,
-    **{name: getattr(peers, name) for name in peers.__all__},
-}
 
 
 @dataclass(frozen=True)
@@ -58,6 +52,19 @@ class Run:
 
 
 @dataclass(frozen=True)
+class ClassSpec:
+    """A class and its arguments.
+
+    Attributes:
+        class_path: Dotted path of the class.
+        init_args: Its arguments.
+    """
+
+    class_path: str
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class BaseOptimizer:
     """A base optimizer.
 
@@ -66,7 +73,8 @@ class BaseOptimizer:
         lrs: Peak learning rates to try, above 0.
         init_args: Its other arguments. Where they hold learning rates, as those of ``by_role``,
             the ratios between them are kept.
-        lr_decay: Fraction of the run in which the learning rate falls; ``None``: the study's.
+        lr_decay: Fraction of the run in which the learning rate falls, in [0, 1]; ``None``: the
+            study's.
         instead: Optimizers in the place of this one, by the name of the method that needs them.
     """
 
@@ -99,9 +107,8 @@ class MethodSpec:
         """Peak lookahead step size, 0 for methods that have none."""
         if self.class_path is None:
             return 0.0
-        parameter = inspect.signature(find_class(self.class_path)).parameters.get(
-            "lookahead_step_size"
-        )
+        parameters = inspect.signature(find_class(self.class_path, "methods")).parameters
+        parameter = parameters.get("lookahead_step_size")
         default = 0.0 if parameter is None else parameter.default
         return float(self.init_args.get("lookahead_step_size", default))
 
@@ -120,24 +127,24 @@ class Study:
         num_steps: Optimizer steps of each run, a positive multiple of ``num_validations``.
         base_optimizers: Base optimizers by name.
         methods: Methods by name.
-        seeds: Seeds, each for every combination.
+        seeds: Seeds, each for every combination, in [0, 2 ** 32).
         callbacks: ``class_path`` and ``init_args`` of callbacks that every run has.
         num_validations: Validations of each run, evenly spaced, the last one at the end.
         lr_warmup: Fraction of the run in which the learning rate rises linearly, in [0, 1].
         lr_decay: Fraction of the run in which it falls linearly to 0, in [0, 1].
-        gradient_clip_val: Norm to which gradients are clipped; ``None``: not at all.
+        gradient_clip_val: Norm to which gradients are clipped, above 0; ``None``: not at all.
         accelerator: As the Trainer names it.
-        num_threads: Threads of torch in each run on a CPU: results depend on it.
+        num_threads: Threads of torch in each run on a CPU, at least 1: results depend on it.
         quick: Attributes of the study that ``--quick`` replaces.
     """
 
-    model: dict[str, Any]
-    data: dict[str, Any]
+    model: ClassSpec
+    data: ClassSpec
     num_steps: int
     base_optimizers: dict[str, BaseOptimizer]
     methods: dict[str, MethodSpec]
     seeds: list[int]
-    callbacks: list[dict[str, Any]] = field(default_factory=list)
+    callbacks: list[ClassSpec] = field(default_factory=list)
     num_validations: int = 10
     lr_warmup: float = 0.05
     lr_decay: float = 0.3
@@ -158,7 +165,7 @@ class Study:
             optimizer = self.base_optimizers[base].instead.get(name)
             for lr in (optimizer or self.base_optimizers[base]).lrs:
                 yield Run(base, name, lr, seed)
-                if optimizer is None:
+                if optimizer is None and method.lookahead_step_size:
                     gained = lr / (1.0 - method.lookahead_step_size)
                     yield Run(base, BASELINE, float(f"{gained:.3g}"), seed)
 
@@ -170,22 +177,3 @@ class Study:
     def as_dict(self) -> dict[str, Any]:
         """Return what decides the results, as plain types."""
         return dataclasses.asdict(dataclasses.replace(self, quick={}))
-
-
-def find_class(path: str) -> Callable[..., Any]:
-    """Return the method, or whatever class a dotted path names.
-
-    Raises:
-        ValueError: If there is none; the message lists the methods that have a short name.
-    """
-    if path in _METHODS:
-        return _METHODS[path]
-    module, _, name = path.rpartition(".")
-    try:
-        found: Callable[..., Any] = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path!r} is not known: it must be one of {', '.join(_METHODS)}, or the path of a "
-            f"class that can be imported ({error})."
-        ) from error
-    return found

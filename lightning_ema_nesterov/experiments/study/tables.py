@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from scipy import stats
-
 from lightning_ema_nesterov.experiments.study.results import Result
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 
@@ -20,6 +18,7 @@ __all__ = [
     "by_lr",
     "markdown_table",
     "mean_curve",
+    "notes",
     "paired_difference",
     "standings",
 ]
@@ -55,6 +54,8 @@ class Standing:
     Attributes:
         method: Its name.
         lr: That learning rate.
+        edge: ``"smallest"`` or ``"largest"`` where it is at an end of those that were compared, so
+            that a better one may lie beyond; else empty, also where there is only one.
         results: Its runs there, by seed.
         difference: Final loss minus that of the baseline at its best, paired by seed.
         gained: The baseline's final losses at ``lr / (1 - step size)``; empty where it has none.
@@ -67,6 +68,7 @@ class Standing:
 
     method: str
     lr: float
+    edge: str
     results: dict[int, Result]
     difference: Interval
     gained: list[float]
@@ -93,10 +95,15 @@ def by_lr(results: Sequence[Result], base: str, method: str) -> dict[float, dict
     return {lr: {r.run.seed: r for r in chosen if r.run.lr == lr} for lr in lrs}
 
 
-def standings(results: Sequence[Result], base: str) -> list[Standing]:
+def standings(results: Sequence[Result], base: str, methods: Sequence[str] = ()) -> list[Standing]:
     """Compare all methods on one base optimizer; the baseline comes first.
 
-    Only learning rates that have all of the seeds that the baseline's have are compared.
+    Of the learning rates of a method those with the most seeds are compared.
+
+    Args:
+        results: Results of a study.
+        base: Name of the base optimizer.
+        methods: Names of methods in the order of the others; those that are missing come last.
 
     Raises:
         ValueError: If the baseline has no runs.
@@ -105,10 +112,9 @@ def standings(results: Sequence[Result], base: str) -> list[Standing]:
     if not baseline:
         raise ValueError(f"{base} must have runs of the baseline, and has none that are finished.")
     best = baseline[_best_lr(baseline)]
-    methods = dict.fromkeys(r.run.method for r in results if r.run.base == base)
-    ordered = [BASELINE, *(name for name in methods if name != BASELINE)]
+    trained = [r.run.method for r in results if r.run.base == base]
     found = []
-    for method in ordered:
+    for method in dict.fromkeys([BASELINE, *methods, *trained]):
         rows = _complete(by_lr(results, base, method))
         if rows:
             found.append(_standing(method, rows, baseline, best))
@@ -131,6 +137,7 @@ def _standing(
     return Standing(
         method=method,
         lr=lr,
+        edge=_edge(lr, sorted(rows)),
         results=chosen,
         difference=paired_difference(chosen, best),
         gained=[r.final for r in baseline[gained_lr].values()] if has_gain else [],
@@ -150,6 +157,12 @@ def _best_lr(rows: Mapping[float, dict[int, Result]]) -> float:
     return min(rows, key=lambda lr: mean(result.final for result in rows[lr].values()))
 
 
+def _edge(lr: float, lrs: Sequence[float]) -> str:
+    if len(lrs) == 1 or lr not in (lrs[0], lrs[-1]):
+        return ""
+    return "smallest" if lr == lrs[0] else "largest"
+
+
 def _mean(results: Mapping[int, Result], name: str) -> float:
     return mean(float(getattr(result, name)) for result in results.values())
 
@@ -166,6 +179,8 @@ def paired_difference(results: Mapping[int, Result], baseline: Mapping[int, Resu
     centre = mean(gaps)
     if len(gaps) == 1:
         return Interval(centre, -math.inf, math.inf)
+    from scipy import stats  # the quickstart, with its one seed, does without
+
     quantile = float(stats.t.ppf((1.0 + CONFIDENCE) / 2.0, len(gaps) - 1))
     margin = quantile * stdev(gaps) / math.sqrt(len(gaps))
     return Interval(centre, centre - margin, centre + margin)
@@ -192,6 +207,32 @@ def markdown_table(found: Sequence[Standing]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def notes(results: Sequence[Result], base: str, methods: Sequence[str] = ()) -> list[str]:
+    """Return what a reader of the table of one base optimizer must know about learning rates.
+
+    Args:
+        results: Results of a study.
+        base: Name of the base optimizer.
+        methods: As for :func:`standings`.
+    """
+    found = standings(results, base, methods)
+    tried = {s.method: by_lr(results, base, s.method) for s in found}
+    of_others = {lr for method, rows in tried.items() if method != BASELINE for lr in rows}
+    alone = [f"{lr:g}" for lr in tried[BASELINE] if of_others and lr not in of_others]
+    without = [s.method for s in found[1:] if found[0].lr not in tried[s.method]]
+    partial = [
+        f"{method} at {lr:g}"
+        for method, rows in tried.items()
+        for lr in sorted(rows.keys() - _complete(rows).keys())
+    ]
+    lines = {
+        "Learning rates that only the baseline had": alone,
+        f"Not tried at {found[0].lr:g}, the baseline's best learning rate": without,
+        "Not compared, for lack of seeds": partial,
+    }
+    return [f"{text}: {', '.join(names)}." for text, names in lines.items() if names]
+
+
 def _cells(standing: Standing) -> list[str]:
     difference = standing.difference
     is_baseline = standing.method == BASELINE
@@ -201,7 +242,7 @@ def _cells(standing: Standing) -> list[str]:
     steps = standing.steps_to_target
     return [
         standing.method,
-        f"{standing.lr:g}",
+        f"{standing.lr:g}" + f" ({standing.edge})" * bool(standing.edge),
         _spread(standing.finals),
         "" if is_baseline else interval if math.isfinite(difference.mean) else "diverged",
         f"{_spread(standing.gained)} at {standing.gained_lr:g}" if standing.gained else "",

@@ -7,11 +7,13 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.optim import Optimizer
@@ -19,19 +21,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from lightning_ema_nesterov.experiments.advice import without_advice
+from lightning_ema_nesterov.experiments.study.classes import find_class
 from lightning_ema_nesterov.experiments.study.results import (
     DIVERGED,
     STATE_PER_PARAMETER,
     STEP_SECONDS,
 )
-from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, Run, Study, find_class
+from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, ClassSpec, Run, Study
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer
 from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
 
 __all__ = ["train_run"]
 
 
-def train_run(study: Study, run: Run, root: Path) -> None:
+def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -> None:
     """Train one run of a study and write its event file.
 
     A run whose loss is not finite ends there, and says so in the event file.
@@ -40,26 +43,44 @@ def train_run(study: Study, run: Run, root: Path) -> None:
         study: The study.
         run: One of its runs.
         root: Folder below which the run's folder is made; what is there of it is replaced.
+        is_watched: Whether somebody waits for this run: it shows its progress and keeps
+            checkpoints, at each validation, after an exception and at the end.
     """
     torch.set_num_threads(study.num_threads)
-    shutil.rmtree(root / run.folder, ignore_errors=True)
+    folder = root / run.folder
+    shutil.rmtree(folder, ignore_errors=True)
     seed_everything(run.seed, verbose=False)
-    model = _build(study.model)
+    model = _build(study.model, "model")
     _set_optimizer(model, study, run)
     # Other processes on the machine do not count for a run on its CPU.
     watch = _Watch(time.process_time if study.accelerator == "cpu" else time.perf_counter)
     method = study.methods[run.method]
-    callbacks: list[Callback] = [watch, *map(_build, study.callbacks)]
+    callbacks = [watch, *(_build(spec, "callbacks") for spec in study.callbacks)]
     if method.class_path is not None:
-        callbacks.append(find_class(method.class_path)(**method.init_args))
+        callbacks.append(find_class(method.class_path, "methods")(**method.init_args))
     with without_advice():
-        trainer = _make_trainer(study, root / run.folder, callbacks)
-        trainer.fit(model, datamodule=_build(study.data))
-    watch.write(trainer)
+        trainer = _make_trainer(study, folder, callbacks, is_watched=is_watched)
+        trainer.fit(model, datamodule=_build(study.data, "data"))
+        if is_watched:
+            trainer.save_checkpoint(folder / "final.ckpt")
+    watch.write(trainer, _hyperparameters(study, run))
 
 
-def _build(spec: dict[str, Any]) -> Any:
-    return find_class(spec["class_path"])(**(spec.get("init_args") or {}))
+def _build(spec: ClassSpec, key: str) -> Any:
+    return find_class(spec.class_path, key)(**spec.init_args)
+
+
+def _hyperparameters(study: Study, run: Run) -> dict[str, Any]:
+    method = study.methods[run.method]
+    own = {
+        **asdict(run),
+        "num_steps": study.num_steps,
+        "lookahead_step_size": method.lookahead_step_size,
+    }
+    return {
+        **own,
+        **{name: value for name, value in method.init_args.items() if name not in own},
+    }
 
 
 def _set_optimizer(model: LightningModule, study: Study, run: Run) -> None:
@@ -86,21 +107,38 @@ def _make_optimizer(spec: BaseOptimizer, lr: float, model: nn.Module) -> Optimiz
     return optimizer
 
 
-def _make_trainer(study: Study, folder: Path, callbacks: list[Callback]) -> Trainer:
+def _make_trainer(
+    study: Study, folder: Path, callbacks: list[Callback], *, is_watched: bool
+) -> Trainer:
+    validate_every = study.num_steps // study.num_validations
+    log_every = max(1, study.num_steps // 50)
+    if is_watched:
+        callbacks = [*callbacks, _make_checkpoint(folder, validate_every)]
     return Trainer(
         accelerator=study.accelerator,
         devices=1,
         max_steps=study.num_steps,
-        val_check_interval=study.num_steps // study.num_validations,
+        # The progress bar then knows where the run ends, also where the data have no end.
+        limit_train_batches=study.num_steps if is_watched else None,
+        val_check_interval=validate_every,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         gradient_clip_val=study.gradient_clip_val,
-        log_every_n_steps=max(1, study.num_steps // 50),
+        log_every_n_steps=min(10, log_every) if is_watched else log_every,
         logger=TensorBoardLogger(folder, "", version="", default_hp_metric=False),
         callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
+        enable_checkpointing=is_watched,
+        enable_progress_bar=is_watched,
         enable_model_summary=False,
+    )
+
+
+def _make_checkpoint(folder: Path, every_num_steps: int) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        folder / "checkpoints",
+        filename="{step}",
+        every_n_train_steps=every_num_steps,
+        save_on_exception=True,
     )
 
 
@@ -147,11 +185,17 @@ class _Watch(Callback):
         kept = [t for entry in optimizer.state.values() for t in _tensors(entry)]
         self.state_elements = max(self.state_elements, sum(t.numel() for t in kept if t.ndim))
 
-    def write(self, trainer: Trainer) -> None:
-        """Add what is known after the run to its event file."""
+    def write(self, trainer: Trainer, hyperparameters: dict[str, Any]) -> None:
+        """Add what is known after the run to its event file.
+
+        Args:
+            trainer: That of the run.
+            hyperparameters: What TensorBoard shows in its table of runs.
+        """
         val_loss = float(trainer.callback_metrics.get("val_loss", math.nan))
         elements = sum(p.numel() for p in trainer.lightning_module.parameters())
         [logger] = trainer.loggers
+        logger.log_hyperparams(hyperparameters, {"hp/val_loss": val_loss})
         logger.log_metrics(
             {
                 STEP_SECONDS: statistics.median(self.seconds),

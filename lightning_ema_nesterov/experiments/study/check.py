@@ -1,0 +1,122 @@
+"""Find out before the first run whether all runs of a study can be trained."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from lightning_ema_nesterov import EMANesterov
+from lightning_ema_nesterov.experiments.advice import without_advice
+from lightning_ema_nesterov.experiments.study.classes import check_arguments, find_class
+from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, MethodSpec, Study
+from lightning_ema_nesterov.optimizers.from_config import import_optimizer
+
+__all__ = ["check_study"]
+
+_MAX_SEED = 2**32 - 1
+
+
+def check_study(study: Study) -> None:
+    """Raise if a run of a study cannot be trained.
+
+    Raises:
+        ValueError: If a value is out of its range, a name is not known, the machine lacks the
+            accelerator, or a method does not fit the run; the message names the key.
+    """
+    _check_values(study)
+    for key, base in _with_keys(study.base_optimizers, "base_optimizers"):
+        _check_base(base, key)
+    for name, method in study.methods.items():
+        _check_method(method, f"methods.{name}", study.num_steps)
+    _check_names(study.base_optimizers, [m.bases for m in study.methods.values()], "bases")
+    instead = [list(base.instead) for base in study.base_optimizers.values()]
+    _check_names(study.methods, instead, "instead")
+    specs = [("model", study.model), ("data", study.data)]
+    for key, spec in [*specs, *(("callbacks", spec) for spec in study.callbacks)]:
+        check_arguments(find_class(spec.class_path, key), spec.init_args, key)
+    _check_accelerator(study.accelerator)
+
+
+def _check_values(study: Study) -> None:
+    if study.num_validations < 1 or study.num_steps % study.num_validations or study.num_steps < 1:
+        raise ValueError(
+            "num_steps must be a positive multiple of num_validations, got "
+            f"{study.num_steps} and {study.num_validations}."
+        )
+    for name in ("lr_warmup", "lr_decay"):
+        _check_fraction(getattr(study, name), name)
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        raise ValueError(f"seeds must be different numbers, at least one, got {study.seeds}.")
+    for seed in study.seeds:
+        if not 0 <= seed <= _MAX_SEED:
+            raise ValueError(f"seeds must be in [0, {_MAX_SEED}], got {seed}.")
+    if study.gradient_clip_val is not None and not study.gradient_clip_val > 0:
+        raise ValueError(
+            "gradient_clip_val must be above 0, or null for no clipping, got "
+            f"{study.gradient_clip_val}."
+        )
+    if study.num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, got {study.num_threads}.")
+
+
+def _check_fraction(value: float, key: str) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{key} must be in [0, 1], got {value}.")
+
+
+def _with_keys(bases: Mapping[str, BaseOptimizer], key: str) -> Iterator[tuple[str, BaseOptimizer]]:
+    for name, base in bases.items():
+        yield f"{key}.{name}", base
+        yield from _with_keys(base.instead, f"{key}.{name}.instead")
+
+
+def _check_base(base: BaseOptimizer, key: str) -> None:
+    if not base.lrs or not all(0 < lr < math.inf for lr in base.lrs):
+        raise ValueError(f"{key}.lrs must be learning rates above 0, got {base.lrs}.")
+    if base.lr_decay is not None:
+        _check_fraction(base.lr_decay, f"{key}.lr_decay")
+    try:
+        factory = import_optimizer(base.class_path, key)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    check_arguments(factory, base.init_args, key, num_before=1)
+
+
+def _check_method(method: MethodSpec, key: str, num_steps: int) -> None:
+    if method.class_path is None:
+        return
+    found: Callable[..., object] = find_class(method.class_path, key)
+    check_arguments(found, method.init_args, key)
+    try:
+        callback = found(**method.init_args)  # says what is out of its range
+        if isinstance(callback, EMANesterov):
+            callback.settings.schedule(callback.settings.total_steps or num_steps)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _check_names(known: Mapping[str, object], used: Sequence[Sequence[str]], key: str) -> None:
+    for name in itertools.chain.from_iterable(used):
+        if name not in known:
+            raise ValueError(f"{key}: {name!r} is not known; known are {', '.join(known)}.")
+
+
+def _check_accelerator(accelerator: str) -> None:
+    try:
+        with without_advice():
+            Trainer(
+                accelerator=accelerator,
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+    except (ImportError, MisconfigurationException, ValueError) as error:
+        raise ValueError(
+            f"accelerator must be one that this machine has, got {accelerator!r}: {error}"
+        ) from error

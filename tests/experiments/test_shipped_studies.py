@@ -1,0 +1,109 @@
+"""The studies in the recipes: they run, and their tables are those of their lines."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+import yaml
+
+from lightning_ema_nesterov.experiments.study.compare import run_study
+from lightning_ema_nesterov.experiments.study.load import load_study
+from lightning_ema_nesterov.experiments.study.results import read_events, read_lines
+from lightning_ema_nesterov.experiments.study.spec import ClassSpec
+from lightning_ema_nesterov.experiments.study.tables import markdown_table, standings
+from tests.experiments.toys import STUDIES
+
+RESULTS = sorted(path for path in (STUDIES / "results").glob("*.jsonl") if path.stem != "convex")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_run_in_miniature(path: Path, tmp_path: Path) -> None:
+    """The quick form of each, with ten steps, one learning rate, and a text of the test's own."""
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 200)
+    raw = yaml.safe_load(path.read_text())
+    raw["data"]["init_args"].update(text=str(text), batch_size=1, num_validation_windows=1)
+    quick = {**raw["quick"], "num_steps": 10, "num_validations": 1}
+    for base in raw["base_optimizers"].values():
+        base["lrs"] = base["lrs"][:1]
+        for other in base.get("instead", {}).values():
+            other["lrs"] = other["lrs"][:1]
+    quick["methods"] = {
+        name: method and {**method, "grid": {k: v[:1] for k, v in method.get("grid", {}).items()}}
+        for name, method in raw["methods"].items()
+    }
+    copy = tmp_path / path.name
+    copy.write_text(yaml.safe_dump({**raw, "quick": quick}))
+    study = load_study(copy, is_quick=True)
+    full = load_study(path)
+    assert set(study.base_optimizers) == set(full.base_optimizers)
+    run_study(study, tmp_path / "out")
+    results = read_events(tmp_path / "out/runs")
+    assert {result.run for result in results} == set(study.runs())
+    assert not any(result.is_diverged for result in results)
+
+
+def test_example_in_the_readme_of_the_studies_is_a_study(tmp_path: Path) -> None:
+    text = (STUDIES / "README.md").read_text()
+    [example] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "my.yaml").write_text(re.sub(r"my_model\.My", "tests.experiments.toys.", example))
+    study = load_study(tmp_path / "my.yaml")
+    assert len(study.methods) == 3 + 4
+    assert study.model == ClassSpec("tests.experiments.toys.Model")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_tables_of_the_studies_are_those_of_their_lines(path: Path) -> None:
+    text = (STUDIES / "README.md").read_text()
+    results = read_lines(path)
+    runs = load_study(STUDIES / f"{path.stem}.yaml").runs()
+    assert {result.run for result in results} <= set(runs)
+    for base in dict.fromkeys(result.run.base for result in results):
+        none, *others = standings(results, base)
+        if "[" in others[0].method:
+            others.sort(key=lambda standing: standing.difference.mean)
+        assert markdown_table([none, *others]) in text, base
+
+
+def test_table_of_convex_problems_is_that_of_the_lines() -> None:
+    text = (STUDIES / "README.md").read_text()
+    lines = (STUDIES / "results/convex.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        assert f"| {line['step_size']:.3f} |" in text
+        assert f"| {line['measured']:.4f} |" in text
+    assert text.count("quadratic |") + text.count("| logistic") == len(lines)
+
+
+def test_results_in_the_readme_are_those_of_the_lines() -> None:
+    readme = (STUDIES.parent.parent / "README.md").read_text()
+    expected = []
+    for name in ("late", "longer", "quiet"):
+        study = load_study(STUDIES / f"{name}.yaml")
+        results = read_lines(STUDIES / f"results/{name}.jsonl")
+        for base in study.base_optimizers:
+            found = {standing.method: standing for standing in standings(results, base)}
+            none, ema = found["none"], found["ema_nesterov"]
+            gap = ema.difference
+            cells = [
+                {"adamw": "AdamW", "muon": "Muon", "soap": "SOAP"}[base],
+                f"{study.data.init_args['batch_size']} | {study.num_steps:,}",
+                f"{min(none.results)} to {max(none.results)}",
+                *(f"{mean(x.finals):.4f} ± {stdev(x.finals):.4f}" for x in (none, ema)),
+                f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]",
+            ]
+            expected.append(f"| {' | '.join(cells)} |")
+    rows = re.findall(r"^\| (?:AdamW|Muon|SOAP) \|.*$", readme, re.MULTILINE)
+    assert rows == expected
+
+
+def test_intervals_in_the_text_are_those_of_a_table() -> None:
+    text, _, tables = (STUDIES / "README.md").read_text().partition("\n## noisy")
+    intervals = re.findall(r"[+-]\d\.\d{4}\s\[[^\]]+\]", text)
+    assert len(intervals) >= 10
+    for interval in intervals:
+        assert re.sub(r"\s+", " ", interval) in tables

@@ -1,0 +1,201 @@
+"""Tables, figures and the page of a study."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_ema_nesterov.experiments.study import report
+from lightning_ema_nesterov.experiments.study.compare import run_study
+from lightning_ema_nesterov.experiments.study.figures import Style, draw_curves, styles_of
+from lightning_ema_nesterov.experiments.study.load import load_study
+from lightning_ema_nesterov.experiments.study.report import write_report
+from lightning_ema_nesterov.experiments.study.results import Result, read_events
+from lightning_ema_nesterov.experiments.study.tables import (
+    Standing,
+    markdown_table,
+    notes,
+    standings,
+)
+from tests.experiments.toys import SGD, result, write
+
+
+def test_standings_are_those_worked_by_hand() -> None:
+    results = [
+        *(result("none", 0.1, seed, [5.0, 2.0 + seed]) for seed in range(3)),  # mean 3
+        *(result("none", 0.2, seed, [5.0, 4.0]) for seed in range(3)),
+        *(result("none", 0.4, seed, [5.0, 1.0]) for seed in range(2)),  # a seed is missing
+        # At 0.1 paired differences of -1, -1 and 0.5; 3.0 is reached after 20 of 30 steps.
+        *(
+            result("ema", 0.1, seed, [4.0, 2.5, 2.0 + seed + gap], step_size=0.5, **more)
+            for seed, gap, more in (
+                (0, -1.0, {"state_per_parameter": 3.0, "step_seconds": 0.15}),
+                (1, -1.0, {"state_per_parameter": 3.0, "step_seconds": 0.15}),
+                (2, 0.5, {"state_per_parameter": 3.0, "step_seconds": 0.15}),
+            )
+        ),
+        *(result("ema", 0.2, seed, [9.0], is_diverged=True) for seed in range(3)),
+    ]
+    none, ema = standings(results, "sgd")
+    assert (none.method, none.lr, none.edge) == ("none", 0.1, "smallest")
+    assert (ema.method, ema.lr, ema.edge, ema.gained_lr) == ("ema", 0.1, "smallest", 0.2)
+    assert ema.gained == [4.0, 4.0, 4.0]
+    # Mean -0.5, standard deviation sqrt(0.75), t with 2 degrees of freedom 4.3027.
+    margin = 4.302653 * math.sqrt(0.75) / math.sqrt(3)
+    assert ema.difference == pytest.approx((-0.5, -0.5 - margin, -0.5 + margin))
+    assert ema.steps_to_target == 20
+    assert none.steps_to_target == 20
+    assert ema.extra_state == 1.0
+    assert ema.step_time == pytest.approx(1.5)
+    row = markdown_table([none, ema]).splitlines()[-1]
+    assert row == (
+        "| ema | 0.1 (smallest) | 2.5000 ± 1.8028 | -0.5000 [-2.6513, +1.6513] "
+        "| 4.0000 ± 0.0000 at 0.2 | 20 | 3.0 | +1.00 | 1.50 |"
+    )
+
+
+def test_report_is_one_page_with_all_figures(study_dir: Path) -> None:
+    page = write_report(study_dir)
+    html, text = page.read_text(), (page.parent / "report.md").read_text()
+    figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert len(figures) == 4
+    sources = re.findall(r'src="([^"]+)"', html)
+    assert len(sources) == 4
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    assert "href" not in html
+    assert "6 diverged" in html
+    for base in ("sgd", "adamw"):
+        assert markdown_table(standings(read_events(study_dir / "runs"), base)) in text
+        assert f"<h2>{base}</h2>" in html
+
+
+def test_report_of_a_grid_has_a_map_for_each_method(tmp_path: Path) -> None:
+    grid = {"lookahead_step_size": [0.5, 0.75], "direction_dtype": ["float32", "int8"]}
+    methods = {
+        "ema": {"class_path": "EMANesterov", "grid": grid},
+        "snoo": {"class_path": "SNOO", "grid": {"outer_lr": [0.8, 1.0], "outer_momentum": [0.5]}},
+    }
+    path = write(tmp_path, methods=methods, base_optimizers={"sgd": SGD}, seeds=[0], num_steps=4)
+    run_study(load_study(path), tmp_path / "out")
+    text = (write_report(tmp_path / "out").parent / "report.md").read_text()
+    assert re.findall(r"\((\w+\.png)\)", text) == ["sgd_ema_grid.png", "sgd_snoo_grid.png"]
+    assert text.count("| ema[") == 4
+    assert text.count("| snoo[") == 2
+
+
+@pytest.mark.parametrize(
+    ("lrs", "cell"),
+    [
+        ([0.1, 0.2, 0.4], "0.1 (smallest)"),
+        ([0.05, 0.1, 0.2], "0.1"),
+        ([0.025, 0.05, 0.1], "0.1 (largest)"),
+        ([0.1], "0.1"),
+    ],
+)
+def test_best_learning_rate_at_the_edge_of_its_grid_is_marked(lrs: list[float], cell: str) -> None:
+    results = [result("none", lr, 0, [2.0 + abs(lr - 0.1)]) for lr in lrs]
+    assert f"| none | {cell} |" in markdown_table(standings(results, "sgd"))
+
+
+def test_a_learning_rate_that_diverged_is_one_that_was_tried() -> None:
+    results = [result("none", lr, 0, [2.0]) for lr in (0.05, 0.1)]
+    results += [result("none", 0.025, 0, [3.0]), result("none", 0.2, 0, [9.0], is_diverged=True)]
+    [none] = standings(results, "sgd")
+    assert (none.lr, none.edge) == (0.05, "")
+
+
+def test_notes_say_which_learning_rates_were_not_tried_by_all() -> None:
+    results = [
+        *(result("none", lr, seed, [lr]) for lr in (0.1, 0.2, 0.05) for seed in range(2)),
+        *(result("ema", lr, seed, [lr]) for lr in (0.1, 0.2) for seed in range(2)),
+        *(result("snoo", lr, seed, [lr]) for lr in (0.1, 0.05) for seed in range(2)),
+        result("snoo", 0.4, 0, [0.4]),
+    ]
+    assert notes(results, "sgd") == [
+        "Not tried at 0.05, the baseline's best learning rate: ema.",
+        "Not compared, for lack of seeds: snoo at 0.4.",
+    ]
+    alone = [r for r in results if r.run.method != "snoo"]
+    assert notes(alone, "sgd") == [
+        "Learning rates that only the baseline had: 0.05.",
+        "Not tried at 0.05, the baseline's best learning rate: ema.",
+    ]
+    everywhere = [r for r in alone if r.run.lr != 0.05]
+    assert notes(everywhere, "sgd") == []
+
+
+def test_order_and_colours_are_those_of_the_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a base optimizer that not all methods are for; folders are alphabetical."""
+    methods = {
+        "zeta": {"class_path": "EMANesterov", "bases": ["sgd"]},
+        "snoo": {"class_path": "SNOO", "init_args": {"num_inner_steps": 2}},
+        "alpha": {"class_path": "EMANesterov", "init_args": {"ema_decay": 0.5}},
+    }
+    bases = {"sgd": SGD, "adam": {"class_path": "Adam", "lrs": [0.01]}}
+    path = write(tmp_path, methods=methods, base_optimizers=bases, seeds=[0], num_steps=4)
+    run_study(load_study(path), tmp_path / "out")
+    drawn = []
+
+    def record(path: Path, found: list[Standing], styles: dict[str, Style], *, title: str) -> None:
+        drawn.append({standing.method: styles[standing.method] for standing in found})
+        draw_curves(path, found, styles, title=title)
+
+    monkeypatch.setattr(report, "draw_curves", record)
+    text = (write_report(tmp_path / "out").parent / "report.md").read_text()
+    assert re.findall(r"^## (\w+)", text, re.MULTILINE) == ["sgd", "adam"]
+    order = ["none", "zeta", "snoo", "alpha", "none", "snoo", "alpha"]
+    assert re.findall(r"^\| (\w+) \| 0", text, re.MULTILINE) == order
+    assert "* Not tried at 0.2, the baseline's best learning rate: zeta, snoo, alpha." in text
+    assert "* Learning rates that only the baseline had: 0.2" in text
+
+    styles = styles_of(["none", "zeta", "snoo", "alpha"])
+    assert drawn == [styles, {name: styles[name] for name in ("none", "snoo", "alpha")}]
+    grown = styles_of(["none", "zeta", "snoo", "alpha", "aaa"])
+    assert {name: grown[name] for name in styles} == styles
+    many = styles_of(["none", *map(str, range(30))])
+    assert len({tuple(style.values()) for style in many.values()}) == 31
+
+
+def test_report_of_a_base_optimizer_without_its_baseline_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path, base_optimizers={"sgd": SGD}, methods={"none": None}, seeds=[0])
+    run_study(load_study(path), tmp_path / "out")
+    runs = tmp_path / "out/runs"
+    (runs / "adam").mkdir()
+    (runs / "sgd/none").rename(runs / "adam/ema")
+    with_both = tmp_path / "both"
+    run_study(load_study(path), with_both)
+    (runs / "adam").rename(with_both / "runs/adam")
+    text = (write_report(with_both).parent / "report.md").read_text()
+    assert "## adam\n\nNo run of the baseline is finished yet." in text
+    assert "| none | 0.1 |" in text
+
+
+def picture(path: Path, results: list[Result]) -> bytes:
+    draw_curves(path, standings(results, "sgd"), styles_of(["none", "ema"]), title="t")
+    return path.read_bytes()
+
+
+def test_picture_shades_the_steps_that_look_ahead(tmp_path: Path) -> None:
+    losses = [3.0, 2.5, 2.0, 1.9, 1.8, 1.7]
+    none = result("none", 0.1, 0, losses)
+    plain, shaded, other = (
+        picture(tmp_path / f"{idx}.png", [none, result("ema", 0.1, 0, losses, **more)])
+        for idx, more in enumerate(
+            ({}, {"lookahead_steps": (20, 40)}, {"lookahead_steps": (30, 50)})
+        )
+    )
+    assert plain.startswith(b"\x89PNG")
+    assert len({plain, shaded, other}) == 3
+
+
+def test_picture_is_drawn_also_where_a_method_or_the_baseline_diverged(tmp_path: Path) -> None:
+    good = [result(method, 0.1, 0, [3.0, 2.5, 2.0]) for method in ("none", "ema")]
+    bad = [result(method, 0.1, 0, [3.0], is_diverged=True) for method in ("none", "ema")]
+    cases = [[good[0], bad[1]], [bad[0], good[1]], bad]
+    pictures = {picture(tmp_path / "curves.png", results) for results in cases}
+    assert len(pictures) == 3

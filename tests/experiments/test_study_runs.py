@@ -1,0 +1,84 @@
+"""Which runs a study has, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from lightning_ema_nesterov.experiments.study.load import load_study
+from lightning_ema_nesterov.experiments.study.results import read_events, read_lines
+from lightning_ema_nesterov.experiments.study.spec import Run, Study
+from tests.experiments.toys import SGD, write
+
+
+def test_every_combination_is_trained_and_the_baseline_at_the_gain_too(study_dir: Path) -> None:
+    runs = {(r.run.base, r.run.method, r.run.lr) for r in read_lines(study_dir / "runs.jsonl")}
+    assert runs == {
+        # The step size is 0.5, so the baseline is trained at twice each learning rate as well.
+        *(("sgd", "none", lr) for lr in (0.05, 0.1, 1e30, 2e30)),
+        *(("sgd", "ema", lr) for lr in (0.05, 1e30)),
+        *(("adamw", "none", lr) for lr in (0.01, 0.02)),
+        ("adamw", "ema", 0.01),
+        ("adamw", "free", 0.03),
+    }
+
+
+def test_runs_differ_where_they_should_and_only_there(study_dir: Path) -> None:
+    results = {r.run: r for r in read_lines(study_dir / "runs.jsonl")}
+    finals = [results[Run("adamw", method, 0.01, 0)].final for method in ("none", "ema")]
+    finals += [results[Run("adamw", "none", 0.01, 1)].final]
+    finals += [results[Run("adamw", "none", 0.02, 0)].final]
+    finals += [results[Run("adamw", "free", 0.03, 0)].final]
+    assert len(set(finals)) == len(finals)
+    run = results[Run("adamw", "ema", 0.01, 0)]
+    assert [point.step for point in run.val_loss] == [5, 10, 15, 20]
+    assert run.step_size == 0.5
+    assert run.state_per_parameter == 3.0
+    assert results[Run("adamw", "none", 0.01, 0)].state_per_parameter == 2.0
+    assert run.step_seconds > 0
+
+
+def test_diverged_run_is_recorded_and_the_study_goes_on(study_dir: Path) -> None:
+    results = read_lines(study_dir / "runs.jsonl")
+    diverged = {(r.run.base, r.run.lr) for r in results if r.is_diverged}
+    assert diverged == {("sgd", 1e30), ("sgd", 2e30)}
+    assert all(math.isinf(r.final) for r in results if r.is_diverged)
+    assert len(results) == 20
+
+
+def test_event_files_alone_hold_what_the_lines_hold(study_dir: Path) -> None:
+    lines = {r.run: r for r in read_lines(study_dir / "runs.jsonl")}
+    events = {r.run: r for r in read_events(study_dir / "runs")}
+    assert set(lines) == set(events)
+    for run, line in lines.items():
+        event = events[run]
+        assert event.is_diverged == line.is_diverged
+        assert event.step_size == line.step_size
+        assert event.step_seconds == pytest.approx(line.step_seconds, abs=1e-5)
+        for found, kept in zip(event.val_loss, line.val_loss, strict=True):
+            assert found.step == kept.step
+            assert found.value == pytest.approx(kept.value, abs=1e-5, nan_ok=True)
+
+
+def test_a_grid_makes_a_method_of_each_combination(tmp_path: Path) -> None:
+    grid = {"lookahead_step_size": [0.5, 0.75], "ema_decay": [0.0, 0.9]}
+    methods = {"ema": {"class_path": "EMANesterov", "grid": grid}}
+    study = load_study(write(tmp_path, methods=methods, base_optimizers={"sgd": SGD}, seeds=[0]))
+    assert list(study.methods) == [
+        "none",
+        "ema[lookahead_step_size=0.5,ema_decay=0.0]",
+        "ema[lookahead_step_size=0.5,ema_decay=0.9]",
+        "ema[lookahead_step_size=0.75,ema_decay=0.0]",
+        "ema[lookahead_step_size=0.75,ema_decay=0.9]",
+    ]
+    baseline = [run.lr for run in study.runs() if run.method == "none"]
+    assert baseline == [0.1, 0.2, 0.4]  # 0.1 / (1 - 0.5) and 0.1 / (1 - 0.75)
+
+
+def test_study_is_kept_whole_in_its_folder(study_dir: Path) -> None:
+    kept = json.loads((study_dir / "study.json").read_text())
+    study: Study = load_study(study_dir.parent / "study.yaml")
+    assert kept == json.loads(json.dumps(study.as_dict()))
