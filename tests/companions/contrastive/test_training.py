@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import gathering_worker
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import lightning_ema_nesterov.companions.contrastive as package
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.companions.contrastive import EMC2Loss, WithIndex
+from tests.companions.contrastive import gathering_worker
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 120
