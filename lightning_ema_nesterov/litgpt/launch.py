@@ -23,6 +23,7 @@ from lightning_ema_nesterov.litgpt.run import locals_of
 __all__ = ["STRATEGIES", "launch"]
 
 STRATEGIES = ("ddp", "fsdp2")
+"""What ``--strategy`` may be."""
 # Processes that Lightning starts run the same command, from which --strategy was taken.
 _STRATEGY_VARIABLE = "EMA_NESTEROV_STRATEGY"
 

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 Group = dict[str, Any]
+"""A parameter group."""
 
 
 class LeanOptimizer(Optimizer):

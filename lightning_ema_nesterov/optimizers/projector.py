@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = ["PROJECTION_TYPES", "Projector"]
 
 PROJECTION_TYPES = ("std", "reverse_std", "right", "left")
+"""Which side of a matrix is projected, in the words of GaLore's authors."""
 
 _FIFTEENTH = 15
 

@@ -16,6 +16,7 @@ from lightning_ema_nesterov.companions.decentralized.parameters import FlatParam
 __all__ = ["CHECKPOINT_KEY", "Replica", "gather_ranks", "payload_of_rank"]
 
 CHECKPOINT_KEY = "decentralized"
+"""Key of what each rank holds in a checkpoint."""
 
 
 class Replica:

@@ -28,6 +28,7 @@ __all__ = ["Gradients", "disagreements", "simulate_docom", "simulate_sa", "simul
 # Points, of shape (agents, size), and the index of the round -> gradients of the same shape. Called
 # twice with one index, it must use the same samples.
 Gradients = Callable[[Tensor, int], Tensor]
+"""Returns all agents' gradients at their points in a round."""
 
 
 def disagreements(

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 TokenArray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+"""Token ids, of shape ``(num_tokens,)``."""
 
 
 class Windows(Dataset[Tensor]):

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
+
 RECIPE = Path(__file__).parents[3] / "recipes" / "companions" / "decentralized_simulated.py"
 SEED = 1
 

@@ -33,6 +33,8 @@ STORM = {**FSPDA, "primal_weight": 0.2, "dual_weight": 0.3}
 DOCOM = {"coordinate_share": 0.2, "momentum_weight": 0.2, "consensus_step_size": 0.3}
 STEPS = 8
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
 
 def rank_gradients(num_agents: int, accumulate: int = 1) -> Gradients:
     data = [RankBatches(rank, 50).data for rank in range(num_agents)]
