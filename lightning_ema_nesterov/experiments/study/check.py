@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
-<<<<<<< HEAD
 from lightning_ema_nesterov import EMANesterov
-=======
-from lightning_ema_nesterov.core.schedule import LookaheadSchedule
->>>>>>> exp
 from lightning_ema_nesterov.experiments.advice import without_advice
 from lightning_ema_nesterov.experiments.study.classes import check_arguments, find_class
 from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, MethodSpec, Study
@@ -98,33 +92,11 @@ def _check_method(method: MethodSpec, key: str, num_steps: int) -> None:
     found: Callable[..., object] = find_class(method.class_path, key)
     check_arguments(found, method.init_args, key)
     try:
-<<<<<<< HEAD
         callback = found(**method.init_args)  # says what is out of its range
         if isinstance(callback, EMANesterov):
             callback.settings.schedule(callback.settings.total_steps or num_steps)
-=======
-        found(**method.init_args)  # says what is out of its range
-        _check_phases(found, method.init_args, num_steps)
->>>>>>> exp
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key}: {error}") from error
-
-
-def _check_phases(
-    found: Callable[..., object], init_args: Mapping[str, Any], num_steps: int
-) -> None:
-    """Raise if warmup and rest do not fit the run; EMANesterov itself finds out when it starts."""
-    signature = inspect.signature(found)
-    if not {"lookahead_step_size", "warmup", "rest", "total_steps"} <= set(signature.parameters):
-        return
-    bound = signature.bind(**init_args)
-    bound.apply_defaults()
-    LookaheadSchedule(
-        bound.arguments["lookahead_step_size"],
-        warmup=bound.arguments["warmup"],
-        rest=bound.arguments["rest"],
-        total_steps=bound.arguments["total_steps"] or num_steps,
-    )
 
 
 def _check_names(known: Mapping[str, object], used: Sequence[Sequence[str]], key: str) -> None:
