@@ -112,6 +112,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Outcome]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MISSING, ids=lambda case: case.name)
 def test_missing_package_is_named_with_its_extra(case: Case, outcomes: dict[Case, Outcome]) -> None:
     found = outcomes[case]
@@ -123,6 +124,7 @@ def test_missing_package_is_named_with_its_extra(case: Case, outcomes: dict[Case
     assert not found.files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WORKING, ids=lambda case: case.arguments[0])
 def test_benchmark_and_convex_need_no_packages_for_plots_and_logs(
     case: Case, outcomes: dict[Case, Outcome]
@@ -133,6 +135,7 @@ def test_benchmark_and_convex_need_no_packages_for_plots_and_logs(
     assert found.files
 
 
+@pytest.mark.slow
 def test_our_own_module_that_is_missing_is_no_matter_of_extras(
     outcomes: dict[Case, Outcome],
 ) -> None:
@@ -141,6 +144,7 @@ def test_our_own_module_that_is_missing_is_no_matter_of_extras(
     assert "the extra" not in outcomes[BROKEN].error
 
 
+@pytest.mark.slow
 def test_version_needs_no_other_package(outcomes: dict[Case, Outcome]) -> None:
     assert outcomes[VERSION].code == 0
     assert outcomes[VERSION].output == f"ema-nesterov {__version__}\n"

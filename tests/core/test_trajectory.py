@@ -239,6 +239,7 @@ def test_lbfgs_calls_its_closure_many_times(attach: Attach, keyword: bool) -> No
             torch.testing.assert_close(direction(lookahead, p), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema_decay", [0.9, 0.99])
 @pytest.mark.parametrize("make_optimizer", [sgd, adamw])
 def test_bfloat16_parameters_are_followed_better_than_with_two_bfloat16_buffers(

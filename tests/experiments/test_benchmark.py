@@ -23,6 +23,7 @@ SIZE = 2**21  # blocks are small beside it
 PEAKS = {"default": 0.0, "compile": 0.001, "one_pass": 0.001, "bfloat16": 1.6, "int8": 1.8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_state_and_peak_of_each_form(form: str) -> None:
     found = measure_cost(SIZE, 3, form=form, num_rounds=1)

@@ -10,6 +10,7 @@ import pytest
 from lightning_ema_nesterov.experiments import convex
 
 
+@pytest.mark.slow
 def test_convex_rates_are_those_of_the_theory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,6 +118,7 @@ def check_what_is_said(output: str, record: dict[str, Any]) -> None:
         assert Path(logs) == Path(sys.executable).parent / "tensorboard"
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_a_plain_loop_of_the_trainer(tmp_path: Path) -> None:
     """The study's machinery trains what the quickstart trained before it had any.
 

@@ -115,6 +115,7 @@ def test_ctrl_c_stops_with_one_line(num_workers: str, tmp_path: Path) -> None:
     assert "leaked" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", ["1", "2"])
 def test_model_beside_the_file_is_found(
     num_workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -66,7 +66,7 @@ def one_run(name: str, *, is_sharded: bool, with_direction: bool = False) -> dic
     model = fsdp2(GatedLM()) if is_sharded else GatedLM()
     optimizer = OPTIMIZERS[name](groups_by_role(model))
     if with_direction:
-        attach_ema_nesterov(optimizer, model, ema_decay=0.9)
+        attach_ema_nesterov(optimizer, model, ema_decay=0.9, warmup=0, rest=0)
     train(model, optimizer, NUM_STEPS)
     return dict(values(model, optimizer))
 

@@ -295,6 +295,7 @@ def test_copied_optimizer_goes_on_bitwise(name: str) -> None:
     assert equal(train(other, twin, 3, start=2), train(model, optimizer, 3, start=2))
 
 
+@pytest.mark.slow
 @every_optimizer
 def test_compiled_step_agrees(name: str) -> None:
     model, optimizer = started(name)

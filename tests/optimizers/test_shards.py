@@ -17,6 +17,9 @@ from lightning_ema_nesterov.optimizers import groups_by_role
 from tests.optimizers import shards_worker
 from tests.optimizers.tiny import OPTIMIZERS, TinyLM, train
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+
 NUM_PROCESSES = 2
 TIMEOUT_S = 240
 sharded = pytest.mark.parametrize("name", ["scale", "clipped_sgd"])

@@ -66,6 +66,7 @@ def directions_of(optimizer: Optimizer) -> list[Tensor]:
     return [entry[DIRECTION_KEY] for entry in optimizer.state_dict()["state"].values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends_late", [False, True])
 def test_compiled_and_default_paths_agree_after_two_hundred_steps(ends_late: bool) -> None:
     schedule = {"warmup": 20}
