@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["benchmark", "compare", "convex", "main", "pretrain", "quickstart", "report"]
+__all__ = ["average", "benchmark", "compare", "convex", "main", "pretrain", "quickstart", "report"]
 
 
 def quickstart(
@@ -122,6 +122,20 @@ def report(study_dir: Path) -> None:
     write_report(study_dir)
 
 
+def average(source: Path, target: Path, *, share: float = 1.0) -> None:
+    """Write the average of the weights that a checkpoint made with EMA-Nesterov holds.
+
+    Args:
+        source: A .ckpt file or a distributed folder of the Trainer, a lit_model.pth of LitGPT, or a
+            file or a distributed folder of a loop of your own. It is unpickled: trust it.
+        target: File to write. It loads where the source's weights load.
+        share: Share of the way from the last weights to their average, in [0, 1].
+    """
+    from lightning_ema_nesterov.averages import average_checkpoint
+
+    average_checkpoint(source, target, share)
+
+
 def pretrain(*, strategy: Literal["ddp", "fsdp2"] = "ddp") -> None:
     """Run `litgpt pretrain` with DDP or FSDP2 on several devices; it has all of its options.
 
@@ -155,6 +169,7 @@ def main() -> None:
     try:
         auto_cli(
             {
+                "average": average,
                 "quickstart": quickstart,
                 "compare": compare,
                 "report": report,
@@ -165,8 +180,8 @@ def main() -> None:
             # jsonargparse wants a value behind the name of a bool.
             args=["--quick=true" if arg == "--quick" else arg for arg in sys.argv[1:]],
         )
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"ema-nesterov: {error}")
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
+        sys.exit(f"ema-nesterov: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

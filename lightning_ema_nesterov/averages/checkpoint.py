@@ -177,7 +177,12 @@ def _start_of_weights(folder: Folder, directions: SavedDirections) -> str:
                 if _owns(own, directions):
                     candidates[start.removesuffix(".")] = start
                 break  # what is left of wrappers is a part of the name
-    return _only(candidates, {key.partition(".")[0]: key for key in keys})[1]
+    outermost = {
+        place: start
+        for place, start in candidates.items()
+        if not any(start != other and start.startswith(other) for other in candidates.values())
+    }
+    return _only(outermost, dict.fromkeys(key.partition(".")[0] for key in keys))[1]
 
 
 def _by_plain_name(weights: Iterable[str], directions: SavedDirections) -> dict[str, str]:
