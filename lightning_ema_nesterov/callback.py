@@ -12,14 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ema_nesterov.averages.evaluation import AtSavedAverage
-from lightning_ema_nesterov.averages.saved import (
-    SavedDirections,
-    directions_in_file,
-    directions_in_folder,
-    is_folder,
-)
-from lightning_ema_nesterov.core.lookahead import Lookahead
+from lightning_ema_nesterov.averages.evaluation import Evaluation
 from lightning_ema_nesterov.core.metrics import tag_suffixes
 from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
@@ -124,12 +117,18 @@ class EMANesterov(LookaheadCallback):
             compile=compile,
             direction_dtype=direction_dtype,
         )
-        self._trained: tuple[Lookahead, ...] = ()
-        self._saved: SavedDirections | None = None
-        self._at_saved: AtSavedAverage | None = None
+        is_average = self.settings.evaluate_at == "average"
+        self._evaluation = Evaluation(average_share) if is_average else None
 
     def __repr__(self) -> str:
         return repr(self.settings).replace(type(self.settings).__name__, type(self).__name__, 1)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Go first in the list; forget what was evaluated or trained before."""
+        super().setup(trainer, pl_module, stage)
+        if self._evaluation is not None:
+            self._evaluation.forget(also_trained=stage == "fit")
 
     @override
     def on_before_optimizer_step(
@@ -200,52 +199,32 @@ class EMANesterov(LookaheadCallback):
     ) -> None:
         """Note the average of a checkpoint that is evaluated."""
         is_evaluated = trainer.state.fn != TrainerFn.FITTING
-        if is_evaluated and self.settings.evaluate_at == "average" and trainer.ckpt_path:
-            path = Path(trainer.ckpt_path)
+        if self._evaluation is not None and is_evaluated and trainer.ckpt_path:
             with as_misconfiguration():
-                self._saved = (
-                    directions_in_folder(path)
-                    if is_folder(path)
-                    else directions_in_file(checkpoint)
-                )
+                self._evaluation.take_checkpoint(Path(trainer.ckpt_path), checkpoint)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take everything off again; what was trained can be evaluated at its average."""
-        if stage == "fit":
-            self._trained = self.lookaheads
-        self._saved = None
+        """Take everything off again."""
+        if self._evaluation is not None:
+            self._evaluation.forget(also_trained=False)
         super().teardown(trainer, pl_module, stage)
 
     def _enter_average(self, trainer: Trainer) -> None:
-        if self.settings.evaluate_at != "average":
+        if self._evaluation is None:
             return
-        share = self.settings.average_share
-        if self._saved is not None:
-            with as_misconfiguration():
-                self._at_saved = AtSavedAverage(trainer.lightning_module, self._saved, share)
-            return
-        own = set(trainer.lightning_module.parameters())
-        lookaheads = self._lookaheads or [
-            lookahead
-            for lookahead in self._trained
-            if any(p in own for p in lookahead.rule.store.all_params())
-        ]
-        for lookahead in lookaheads:
-            lookahead.rule.store.follow_params()
-            lookahead.enter_average(share)
-        if not lookaheads:
+        with as_misconfiguration():
+            is_there = self._evaluation.enter(trainer.lightning_module, self._lookaheads)
+        if not is_there:
             rank_zero_warn(
-                "EMANesterov has no average to evaluate at, and the weights are taken as they are: "
-                "evaluate after fit, or give ckpt_path of a checkpoint that was made with it."
+                "EMANesterov has no average of these weights to evaluate at, and they are taken as "
+                "they are: evaluate after fit, before anyone changes the weights that were "
+                "trained, or give ckpt_path of a checkpoint that was made with it."
             )
 
     def _leave_average(self) -> None:
-        if self._at_saved is not None:
-            self._at_saved.leave()
-            self._at_saved = None
-        for lookahead in (*self._lookaheads, *self._trained):
-            lookahead.leave_average()
+        if self._evaluation is not None:
+            self._evaluation.leave(self._lookaheads)
 
     @override
     def make_rule(self, trainer: Trainer, optimizer: Optimizer) -> LookaheadRule:
@@ -275,6 +254,8 @@ class EMANesterov(LookaheadCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Return to the iterate for good; warn of a run that ended before it looked ahead."""
         super().on_train_end(trainer, pl_module)
+        if self._evaluation is not None:
+            self._evaluation.take_trained(self._lookaheads)
         for lookahead in self._lookaheads[:1]:
             schedule, num_steps = lookahead.schedule, lookahead.step_idx
             if schedule.is_ever_active and num_steps <= schedule.warmup_steps:

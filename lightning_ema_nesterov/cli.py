@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from lightning_ema_nesterov.version import __version__
 
-__all__ = ["benchmark", "compare", "convex", "main", "pretrain", "quickstart", "report"]
+__all__ = ["average", "benchmark", "compare", "convex", "main", "pretrain", "quickstart", "report"]
 
 _T = TypeVar("_T")
 
@@ -141,6 +141,20 @@ def report(study_dir: Path) -> None:
     write_report(study_dir)
 
 
+def average(source: Path, target: Path, *, share: float = 1.0) -> None:
+    """Write the average of the weights that a checkpoint made with EMA-Nesterov holds.
+
+    Args:
+        source: A .ckpt file or a distributed folder of the Trainer, a lit_model.pth of LitGPT, or a
+            file or a distributed folder of a loop of your own. It is unpickled: trust it.
+        target: File to write. It loads where the source's weights load.
+        share: Share of the way from the last weights to their average, in [0, 1].
+    """
+    from lightning_ema_nesterov.averages import average_checkpoint
+
+    average_checkpoint(source, target, share)
+
+
 def pretrain(*, strategy: Literal["ddp", "fsdp2"] = "ddp") -> None:
     """Run `litgpt pretrain` with DDP or FSDP2 on several devices; it has all of its options.
 
@@ -157,6 +171,7 @@ def _pretrain(arguments: list[str]) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "quickstart": (quickstart, "quickstart"),
+    "average": (average, "litgpt"),
     "compare": (compare, "study"),
     "report": (report, "study"),
     "convex": (convex, "litgpt"),
@@ -235,7 +250,7 @@ def main() -> None:
     else:
         try:
             _run(arguments)
-        except (FileNotFoundError, ValueError) as error:
+        except (FileExistsError, FileNotFoundError, ValueError) as error:
             sys.exit(f"ema-nesterov: {' '.join(str(error).split())}")
 
 

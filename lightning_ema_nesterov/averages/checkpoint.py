@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tqdm import tqdm
 
+from lightning_ema_nesterov.averages.folder import Folder
 from lightning_ema_nesterov.averages.saved import (
     SavedDirections,
     directions_in_file,
     directions_in_folder,
-    is_folder,
-    load_entries,
 )
 from lightning_ema_nesterov.core.checks import check_share
 from lightning_ema_nesterov.core.progress import plain_name
 
 __all__ = ["average_checkpoint"]
 
-_KEPT_OF_LIGHTNING = ("pytorch-lightning_version", "epoch", "global_step")
+_VERSION_KEY = "pytorch-lightning_version"
+# What only a run that goes on needs. The last two are of Lightning's WeightAveraging.
+_STATE_OF_TRAINING = (
+    "optimizer_states",
+    "lr_schedulers",
+    "callbacks",
+    "loops",
+    "current_model_state",
+    "averaging_state",
+)
+_USUAL_NAMES = ("model", "state_dict")
+_T = TypeVar("_T")
 _SECONDS_WITHOUT_PROGRESS = 2.0
 
 
@@ -41,11 +51,14 @@ def average_checkpoint(source: str | Path, target: str | Path, share: float = 1.
 
     What is written depends on the source:
 
-    * a ``.ckpt`` file or a distributed folder of Lightning: a ``.ckpt`` with ``state_dict`` and the
-      hyper-parameters, for ``load_from_checkpoint``;
+    * a ``.ckpt`` file or a distributed folder of the Trainer: a ``.ckpt`` with ``state_dict``,
+      hyper-parameters and what else the module saved, for ``load_from_checkpoint``;
     * a ``lit_model.pth`` of LitGPT, or another file with ``model`` and ``optimizer``: a file with
       ``model``; the configuration and tokenizer files beside a ``lit_model.pth`` are copied along;
-    * a file or a distributed folder of a loop of your own: a plain ``state_dict``.
+    * a file or a distributed folder of a loop of your own, with Fabric or not: a plain
+      ``state_dict``.
+
+    Files are unpickled, so the source must be one that you trust.
 
     Args:
         source: A checkpoint made with EMA-Nesterov, a file or a folder.
@@ -86,115 +99,159 @@ def _of_file(source: Path, share: float) -> dict[str, Any]:
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"source must be a checkpoint, and {source} holds a {type(checkpoint)}.")
     directions = directions_in_file(checkpoint)
-    if "optimizer_states" in checkpoint:  # of Lightning
-        weights = checkpoint["state_dict"]
-        averaged = _average(weights, weights.__getitem__, directions, share)
-        return {"state_dict": averaged, **_kept_of_lightning(checkpoint)}
-    weights = checkpoint.get("model", None)
-    if isinstance(weights, Mapping):
-        return {"model": _average(weights, weights.__getitem__, directions, share)}
-    weights = _find_weights(checkpoint)
-    return _average(weights, weights.__getitem__, directions, share)
+    if "optimizer_states" in checkpoint:  # of the Trainer
+        # WeightAveraging of Lightning has its own average where the iterate would be.
+        weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
+        return _as_ckpt(_average(weights, weights.__getitem__, directions, share), checkpoint)
+    candidates = {
+        name: part
+        for name, part in checkpoint.items()
+        if isinstance(part, Mapping) and _owns(part, directions)
+    }
+    name, weights = _only(candidates, checkpoint)
+    averaged = _average(weights, weights.__getitem__, directions, share)
+    return {"model": averaged} if name == "model" else averaged
 
 
-def _find_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    mappings = [value for value in checkpoint.values() if isinstance(value, Mapping) and value]
-    for mapping in mappings:
-        if all(isinstance(tensor, Tensor) for tensor in mapping.values()):
-            return mapping
+def _owns(weights: Iterable[str], directions: SavedDirections) -> bool:
+    return set(_by_plain_name(weights, directions)).issuperset(directions.names())
+
+
+def _only(candidates: Mapping[str, _T], names: Iterable[str]) -> tuple[str, _T]:
+    """Return the weights among what a checkpoint holds, and their name in it."""
+    usual = [name for name in _USUAL_NAMES if name in candidates]
+    found = usual[:1] or list(candidates)
+    if len(found) == 1:
+        return found[0], candidates[found[0]]
+    held = f"has both {' and '.join(map(repr, found))}" if found else f"has {', '.join(names)}"
     raise ValueError(
-        "source must hold the weights beside the optimizer, as a mapping of names to tensors, and "
-        f"has only {', '.join(checkpoint)}."
+        "source must hold one set of weights beside the optimizer, with the names that the "
+        f"optimizer's parameters have, or one of them as 'model', and {held}."
     )
 
 
 def _of_folder(source: Path, share: float) -> dict[str, Any]:
-    if not is_folder(source):
+    folder = Folder(source)
+    directions = directions_in_folder(folder)
+    start = _start_of_weights(folder, directions)
+    keys = {
+        key.removeprefix(start): key
+        for key, entry in folder.entries.items()
+        if key.startswith(start)
+        and not folder.is_of_optimizer(key)
+        and (isinstance(entry, TensorStorageMetadata) or key.endswith("_extra_state"))
+    }
+
+    def read(name: str) -> Any:
+        return folder.load([keys[name]])[keys[name]]
+
+    shapes = {name: _shape_of(folder.entries[key]) for name, key in keys.items()}
+    meta_file = source / "meta.pt"
+    meta = torch.load(meta_file, weights_only=False) if meta_file.is_file() else {}
+    is_of_trainer = any(key.startswith("optimizer_0.") for key in folder.entries)
+    if is_of_trainer and _VERSION_KEY not in meta:
         raise ValueError(
-            f"source must be a file, or a folder of a distributed checkpoint, and {source} has no "
-            ".metadata: it may be incomplete."
+            f"source must be a whole checkpoint, and {source} has no meta.pt of the Trainer."
         )
-    directions = directions_in_folder(source)
-    entries = FileSystemReader(source).read_metadata().state_dict_metadata
-    prefix = _prefix_of_weights(list(entries), directions)
-    names: dict[str, str] = {}
-    shapes: dict[str, Tensor] = {}
-    for key, entry in entries.items():
-        is_weight = key.startswith(prefix) and not _is_of_optimizer(key)
-        if is_weight and isinstance(entry, TensorStorageMetadata):
-            names[key.removeprefix(prefix)] = key
-            shapes[key.removeprefix(prefix)] = torch.empty(entry.size, device="meta")
-
-    def read(name: str) -> Tensor:
-        tensor: Tensor = load_entries(source, [names[name]])[names[name]]
-        return tensor
-
     averaged = _average(shapes, read, directions, share)
-    meta = source / "meta.pt"
-    if not meta.is_file():
-        return averaged
-    kept = _kept_of_lightning(torch.load(meta, map_location="cpu", weights_only=False))
-    return {"state_dict": averaged, **kept}
+    return _as_ckpt(averaged, meta) if _VERSION_KEY in meta else averaged
 
 
-def _is_of_optimizer(key: str) -> bool:
-    return ".state." in f".{key}" or ".param_groups." in f".{key}"
+def _shape_of(entry: object) -> Tensor | None:
+    if isinstance(entry, TensorStorageMetadata):
+        return torch.empty(entry.size, device="meta")
+    return None
 
 
-def _prefix_of_weights(keys: list[str], directions: SavedDirections) -> str:
+def _start_of_weights(folder: Folder, directions: SavedDirections) -> str:
+    """Return what the keys of all weights begin with."""
+    keys = [key for key in folder.entries if not folder.is_of_optimizer(key)]
     name = directions.names()[0]
+    candidates: dict[str, str] = {}
     for key in keys:
-        if not _is_of_optimizer(key) and f".{plain_name(key)}".endswith(f".{name}"):
-            return key.removesuffix(name) if key.endswith(name) else f"{key.partition('.')[0]}."
-    raise ValueError(f"source must hold the weight {name!r} beside its direction, and does not.")
+        parts = key.split(".")
+        for idx in range(len(parts)):
+            start = "".join(f"{part}." for part in parts[:idx])
+            if plain_name(key.removeprefix(start)) == name:
+                own = [k.removeprefix(start) for k in keys if k.startswith(start)]
+                if _owns(own, directions):
+                    candidates[start.removesuffix(".")] = start
+                break  # what is left of wrappers is a part of the name
+    outermost = {
+        place: start
+        for place, start in candidates.items()
+        if not any(start != other and start.startswith(other) for other in candidates.values())
+    }
+    return _only(outermost, dict.fromkeys(key.partition(".")[0] for key in keys))[1]
+
+
+def _by_plain_name(weights: Iterable[str], directions: SavedDirections) -> dict[str, str]:
+    named = {plain_name(name): name for name in weights}
+    if directions.names()[0] not in named and all(name.startswith("module.") for name in named):
+        return {plain.removeprefix("module."): name for plain, name in named.items()}  # of DDP
+    return named
 
 
 def _average(
-    weights: Mapping[str, Tensor],
-    read: Callable[[str], Tensor],
+    weights: Mapping[str, Any],
+    read: Callable[[str], Any],
     directions: SavedDirections,
     share: float,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Return the averages of all weights; those of tied ones once.
 
     Args:
-        weights: Names, and tensors of their shapes.
+        weights: Names, and tensors of their shapes; what is no tensor stays what it is.
         read: Returns a weight.
         directions: The directions, by plain names.
         share: Share of the way from the iterate to the average.
     """
-    named = {plain_name(name): name for name in weights}
+    named = _by_plain_name(weights, directions)
     missing = [name for name in directions.names() if name not in named]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(directions.names())} directions have no weight in the "
             f"checkpoint (first: {missing[0]!r})."
         )
-    made: dict[str, Tensor] = {}
-    moved: dict[torch.Size, list[tuple[str, Tensor]]] = {}
+    moving = [named[plain] for plain in directions.names()]
+    resting = [name for name in weights if name not in set(moving)]
+    resting_shapes = {w.shape for w in map(weights.__getitem__, resting) if isinstance(w, Tensor)}
+    made: dict[str, Any] = {}
+    moved: dict[bytes, str] = {}
     progress = tqdm(directions.names(), desc="Averaging", delay=_SECONDS_WITHOUT_PROGRESS)
-    for plain in progress:
-        name = named[plain]
+    for plain, name in zip(progress, moving, strict=True):
         x = read(name)
-        offset = directions.offset(plain)
-        made[name] = (x.to(offset.dtype) - share * offset).to(x.dtype)
-        moved.setdefault(x.shape, []).append((name, x))
-    for name, like in weights.items():
-        if name not in made:
-            x = read(name)
+        if x.shape in resting_shapes:
+            moved[_digest(x)] = name
+        made[name] = _moved(x, directions.offset(plain), share)
+    moving_shapes = {made[name].shape for name in moving}
+    for name in resting:
+        x = read(name)
+        if isinstance(x, Tensor):
             # A tied weight has one direction, under the first of its names.
-            twins = (twin for twin, value in moved.get(like.shape, []) if torch.equal(value, x))
-            twin = next(twins, None)
-            made[name] = x.clone() if twin is None else made[twin]
+            is_tied = x.numel() > 1 and x.shape in moving_shapes
+            twin = moved.get(_digest(x)) if is_tied else None
+            x = x.clone() if twin is None else made[twin]
+        made[name] = x
     return {name: made[name] for name in weights}
 
 
-def _kept_of_lightning(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in checkpoint.items()
-        if key in _KEPT_OF_LIGHTNING or "hyper_parameters" in key or key.startswith("hparams")
-    }
+def _moved(x: Tensor, offset: Tensor, share: float) -> Tensor:
+    wide = torch.promote_types(x.dtype, offset.dtype)
+    return (x.to(wide) - share * offset.to(wide)).to(x.dtype)
+
+
+def _digest(x: Tensor) -> bytes:
+    """Return what only tensors share that are equal, bit for bit; no copy of them is kept."""
+    raw = x.detach().contiguous().flatten().view(torch.uint8).numpy()
+    made = hashlib.blake2b(f"{x.dtype}{tuple(x.shape)}".encode())
+    made.update(raw.data)
+    return made.digest()
+
+
+def _as_ckpt(averaged: dict[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in checkpoint.items() if key not in _STATE_OF_TRAINING}
+    return {**rest, "state_dict": averaged}
 
 
 def _copy_neighbours(source: Path, target: Path) -> None:

@@ -209,7 +209,7 @@ class Lookahead:
     @contextmanager
     def at_average(self, share: float = 1.0) -> Iterator[None]:
         """Hold the parameters at the average inside a ``with`` block, then as they were before."""
-        was_open = self.is_open
+        was_open, outer = self.is_open, self._average
         self.enter_average(share)
         try:
             yield
@@ -217,6 +217,8 @@ class Lookahead:
             self.leave_average()
             if was_open:
                 self.resume()
+            if outer is not None:
+                self.enter_average(outer.share)
 
     def enter_average(self, share: float = 1.0) -> None:
         """Move the parameters to the average of the iterates until :meth:`leave_average`.

@@ -117,7 +117,10 @@ class Progress:
         if self._average_decay is not None and self._module is not None:
             groups[0][DECAY_KEY] = self._average_decay
             root = self._module
-            root = root.module if isinstance(root, DistributedDataParallel) else root
+            for name, part in self._module.named_modules():
+                # The outermost module, below what Fabric and torch.compile put around it.
+                if isinstance(part, DistributedDataParallel) and not plain_name(name):
+                    root = part.module
             names = {p: plain_name(name) for name, p in root.named_parameters()}
             for group, own in zip(groups, self.base_optimizer.param_groups, strict=True):
                 group[NAMES_KEY] = "\n".join(names.get(p, "") for p in own["params"])

@@ -95,7 +95,7 @@ def test_without_an_average_the_weights_are_taken_and_that_is_said(tmp_path: Pat
     module = Evaluated()
     x = snapshot(module)
     trainer = make_trainer(ema_nesterov(evaluate_at="average"))
-    with pytest.warns(UserWarning, match="has no average to evaluate at"):
+    with pytest.warns(UserWarning, match="has no average of these weights"):
         seen = evaluate(trainer, module)
     assert all(equal(params, x) for params in seen.values())
     plain = make_trainer(max_epochs=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightning_ema_nesterov import attach_ema_nesterov
 from lightning_ema_nesterov.averages import average_checkpoint
@@ -177,6 +181,124 @@ def test_file_of_the_trainer_loads_as_a_module(tmp_path: Path) -> None:
     assert found["val_loss"] == pytest.approx(float(trainer.callback_metrics["val_loss"]), rel=1e-6)
     [at_x] = make_trainer().validate(module, loader(2), verbose=False)
     assert abs(at_x["val_loss"] - found["val_loss"]) > 1e-3
+
+
+def test_a_file_with_more_in_it(tmp_path: Path) -> None:
+    """Tensors that are no weights, a list of two optimizers with decays of their own, and DDP."""
+    net = Net()
+    first = torch.optim.SGD([net.embedding.weight], lr=0.5)
+    second = torch.optim.SGD([net.hidden.weight, net.hidden.bias], lr=0.5)
+    attach_ema_nesterov(first, net, ema_decay=DECAY, warmup=0, rest=0)
+    attach_ema_nesterov(second, net, ema_decay=0.5, warmup=0, rest=0)
+    iterates = [snapshot_of(net)]
+    for _ in range(8):
+        net(TOKENS).float().square().mean().backward()
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+        iterates.append(snapshot_of(net))
+    weights = {f"module.{name}": x for name, x in net.state_dict().items()}
+    checkpoint = {
+        "rng": {"cpu": torch.get_rng_state()},
+        "net": weights,
+        "optimizers": {"all": [first.state_dict(), second.state_dict()]},
+    }
+    torch.save(checkpoint, tmp_path / "a.pt")
+    average_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
+    made = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert list(made) == list(weights)
+    for name, decay in (("embedding.weight", DECAY), ("hidden.weight", 0.5)):
+        exact = iterates[0][name].double()
+        for iterate in iterates[1:]:
+            exact = decay * exact + (1 - decay) * iterate[name].double()
+        torch.testing.assert_close(made[f"module.{name}"].double(), exact, rtol=1e-5, atol=1e-6)
+        assert (exact - net.state_dict()[name]).norm() > 1e-2 * exact.norm()
+    torch.save({**checkpoint, "copy": weights}, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match="has both 'net' and 'copy'"):
+        average_checkpoint(tmp_path / "two.pt", tmp_path / "c.pt")
+
+
+def snapshot_of(net: Net) -> dict[str, Tensor]:
+    return {name: x.detach().clone() for name, x in net.named_parameters()}
+
+
+class Stateful(nn.Module):
+    """A part whose name is that of a part of an optimizer's state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.state = nn.Linear(4, 4)
+        self.frozen = nn.ModuleDict({"state": nn.Linear(4, 4)})
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.frozen["state"](torch.tanh(self.state(x)))
+        return out
+
+
+@pytest.mark.parametrize("place", ["", "state.", "optimizer."])
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_folder_of_a_loop_of_one_s_own(tmp_path: Path, place: str, is_flat: bool) -> None:
+    """Saved by torch alone on one process, under names that could be those of weights."""
+    net = Stateful()
+    params = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-1)
+    attach_ema_nesterov(optimizer, net, ema_decay=DECAY, warmup=0, rest=0)
+    average = {name: x.double() for name, x in net.state_dict().items()}
+    for _ in range(8):
+        net(torch.eye(4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, x in net.state_dict().items():
+            average[name] = DECAY * average[name] + (1 - DECAY) * x.double()
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    weights, state = get_state_dict(net, optimizer, options=options)
+    part = {place.removesuffix("."): state} if place else state
+    save({"weights": weights, **part}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    average_checkpoint(tmp_path / "saved", tmp_path / "average.pt")
+    made = torch.load(tmp_path / "average.pt", weights_only=True)
+    assert (average["state.weight"] - weights["state.weight"]).norm() > 0.1
+    for name, exact in average.items():
+        torch.testing.assert_close(made[name].double(), exact, rtol=1e-5, atol=1e-6)
+    net.load_state_dict(made)
+
+
+def test_memory_is_that_of_one_copy_of_the_weights(tmp_path: Path) -> None:
+    """Also where a frozen part has the shapes of what moves, and could be tied to it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(24)))
+    net[12:].requires_grad_(False)
+    optimizer = torch.optim.SGD(net[:12].parameters(), lr=1e-2)
+    attach_ema_nesterov(optimizer, net, ema_decay=DECAY, warmup=0, rest=0)
+    for _ in range(2):
+        net(torch.ones(1, 512)).sum().backward()
+        optimizer.step()
+    weights, state = get_state_dict(net, optimizer)
+    save({"weights": weights, "optimizer": state}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    # In a process of its own, whose tensors are counted as they come and go.
+    script = f"""
+import gc, torch
+from lightning_ema_nesterov.averages import average_checkpoint, checkpoint
+largest = 0
+read = checkpoint._moved
+def counted(*args):
+    global largest
+    made = read(*args)
+    tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and not t.is_meta]
+    storages = {{t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}}
+    largest = max(largest, sum(storages.values()))
+    return made
+checkpoint._moved = counted
+average_checkpoint({str(tmp_path / "saved")!r}, {str(tmp_path / "average.pt")!r})
+print(largest)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    one = 512 * 512 * 4
+    assert int(done.stdout) < (12 + 5) * one  # what moves, and some of it twice for a moment
+    assert len(torch.load(tmp_path / "average.pt")) == 24
 
 
 def test_wrong_sources_and_targets_are_named_and_nothing_is_written(tmp_path: Path) -> None:

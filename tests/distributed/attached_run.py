@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,14 +84,25 @@ def run(case: cases.AttachedRun) -> dict[str, Any]:
             warmup=1,
             rest=0,
             total_steps=8,
+            evaluate_at=case.evaluate_at,
         )
         handle.start_at(case.start)
     if case.load:
         loop.load(case.load)
+    iterates: list[dict[str, Tensor]] = []
+    losses: list[float] = []
+
+    def note_iterate() -> None:
+        if case.notes_evaluations:
+            iterates.append(gather(loop, net, case.strategy))
+
     with strategies.without_reshard(is_on=case.never_reshard):
-        train(loop, called, case)
-    Sharding(loop.module, loop.optimizer).reshard()
-    return {"tensors": gather(loop, net, case.strategy)}
+        losses = train(loop, called, case, note_iterate)
+    return {
+        "tensors": gather(loop, net, case.strategy),
+        "iterates": iterates,
+        "losses": losses,
+    }
 
 
 def make_loop(net: Net, case: cases.AttachedRun) -> Loop:
@@ -106,8 +118,16 @@ def make_loop(net: Net, case: cases.AttachedRun) -> Loop:
     return Loop(wrapped, own, Tokens(2 * case.accumulate, share_idx, num_shares), None)
 
 
-def train(loop: Loop, called: nn.Module, case: cases.AttachedRun) -> None:
-    """Evaluations inside and between accumulation windows, and checkpoints where asked."""
+def train(
+    loop: Loop, called: nn.Module, case: cases.AttachedRun, note_iterate: Callable[[], None]
+) -> list[float]:
+    """Evaluations inside and between accumulation windows, and checkpoints where asked.
+
+    Returns:
+        The losses of the evaluations.
+    """
+    losses = []
+    note_iterate()
     for idx in range(case.start * case.accumulate, case.num_steps * case.accumulate):
         batch = loop.data[idx % len(loop.data)]
         is_last = idx % case.accumulate == case.accumulate - 1
@@ -120,17 +140,21 @@ def train(loop: Loop, called: nn.Module, case: cases.AttachedRun) -> None:
             loop.optimizer.zero_grad()
         called.eval()
         with torch.no_grad():
-            called(batch)
+            losses.append(float(called(batch)))
         called.train()
         if is_last and case.evaluates == "before the step":
             loop.optimizer.step()
             loop.optimizer.zero_grad()
+        if is_last:
+            note_iterate()
     if case.save:
         loop.save(case.save)
+    return losses
 
 
 def gather(loop: Loop, net: Net, strategy: cases.Strategy) -> dict[str, Tensor]:
     """Whole parameters by name, on every process."""
+    Sharding(loop.module, loop.optimizer).reshard()
     if not isinstance(strategy, cases.FSDP1):
         return {f"weight.{n}": full(p.detach()).clone() for n, p in net.named_parameters()}
     with FullyShardedDataParallel.summon_full_params(loop.module):

@@ -82,6 +82,7 @@ class EMA(Checked):
     rest: int = 0
     compile: bool = False
     direction_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    evaluate_at: Literal["iterate", "average"] = "iterate"
 
 
 Rule: TypeAlias = EMA | Literal["gpa", "snoo"] | None
@@ -125,6 +126,9 @@ class TrainerRun(Checked):
         load: Checkpoint to continue.
         save: Where to save after the last step.
         observe: What is noted beside the result.
+        saves_in_validation: Where the module saves in the last validation.
+        then_evaluates: Whether validation and test follow: of what was trained, or, without a step,
+            of the checkpoint to load.
         logs: Whether every step is measured and logged, and the metrics noted.
         never_reshard: Whether FSDP is not told that the shards changed.
         may_fail: Whether an error is the result.
@@ -145,7 +149,9 @@ class TrainerRun(Checked):
     overflow_step: int | None = None
     load: Path | None = None
     save: Path | None = None
-    observe: Literal["nothing", "moves", "collectives", "steps"] = "nothing"
+    observe: Literal["nothing", "moves", "collectives", "steps", "evaluations"] = "nothing"
+    saves_in_validation: Path | None = None
+    then_evaluates: bool = False
     logs: bool = False
     never_reshard: bool = False
     may_fail: bool = False
@@ -162,6 +168,8 @@ class AttachedRun(Checked):
         uses_fabric: Whether Fabric sets the loop up, in place of torch.
         evaluates: Where in a batch the model is evaluated.
         recomputes: Whether blocks forget their activations until the backward pass.
+        evaluate_at: Where they are evaluated.
+        notes_evaluations: Whether iterates and the losses of evaluations are noted.
         start: Steps that the run took before.
         load: Checkpoint to load after attaching.
         load_before: Checkpoint to load before it.
@@ -180,6 +188,8 @@ class AttachedRun(Checked):
     model_dtype: DType = "float32"
     compile_model: bool = False
     recomputes: bool = False
+    evaluate_at: Literal["iterate", "average"] = "iterate"
+    notes_evaluations: bool = False
     start: int = 0
     load: Path | None = None
     load_before: Path | None = None

@@ -46,6 +46,7 @@ class Module(Net, LightningModule):
         self.case = case
         self.num_batches = 0
         self.is_configured = False
+        self.losses: list[float] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss: Tensor = self(batch)
@@ -56,7 +57,16 @@ class Module(Net, LightningModule):
         return loss * float("inf") if self.num_batches == self.case.overflow_step else loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self(batch)
+        self.losses.append(float(self(batch)))
+
+    @override
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        path = self.case.saves_in_validation
+        if path and self.trainer.global_step == self.case.num_steps:
+            self.trainer.save_checkpoint(path)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.losses.append(float(self(batch)))
 
     @override
     def configure_model(self) -> None:
@@ -107,10 +117,14 @@ def run(case: cases.TrainerRun) -> dict[str, Any]:
         strategies.without_reshard(is_on=case.never_reshard),
         small_kernels(),
     ):
-        fit(trainer, module, case)
+        if not (case.then_evaluates and case.load):
+            fit(trainer, module, case)
+        if case.then_evaluates:
+            evaluate(trainer, module, case)
     if case.save:
         trainer.save_checkpoint(case.save)
-    group = trainer.optimizers[0].param_groups[0]
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    group = groups[0] if groups else {}
     return {
         "tensors": gather(trainer, module),
         "group": {key: group[key] for key in group if key.startswith("ema_nesterov")},
@@ -119,6 +133,8 @@ def run(case: cases.TrainerRun) -> dict[str, Any]:
         "kernel_calls": kernel_calls,
         "metrics": logger.metrics,
         "steps": [(c.before, c.after) for c in callbacks if isinstance(c, RecordsSteps)],
+        "losses": module.losses,
+        "evaluations": [(c.iterates, c.seen) for c in callbacks if isinstance(c, SeesEvaluations)],
     }
 
 
@@ -145,15 +161,53 @@ def make_case_trainer(
 
 
 def fit(trainer: Trainer, module: Module, case: cases.TrainerRun) -> None:
-    validation = None
-    if case.val_check_interval is not None:
-        validation = DataLoader(Tokens(1, rank(), world_size()), batch_size=None)
+    validation = None if case.val_check_interval is None else evaluated(case)
     size = strategies.tensor_parallel_size(case.strategy)
     tokens = Tokens(2 * case.accumulate, rank() // size, world_size() // size)
     fitted: LightningModule = module
     if case.compile_model and not isinstance(case.strategy, cases.FSDP2):
         fitted = cast(LightningModule, torch.compile(module, backend="eager"))
     trainer.fit(fitted, DataLoader(tokens, batch_size=None), validation, ckpt_path=case.load)
+
+
+def evaluate(trainer: Trainer, module: Module, case: cases.TrainerRun) -> None:
+    """Validate twice and test, so that each begins where the former one has left the shards."""
+    for entry in (trainer.validate, trainer.validate, trainer.test):
+        entry(module, evaluated(case), ckpt_path=case.load, verbose=False)
+
+
+def evaluated(case: cases.TrainerRun) -> DataLoader[Tensor]:
+    size = strategies.tensor_parallel_size(case.strategy)
+    return DataLoader(Tokens(1, rank() // size, world_size() // size), batch_size=None)
+
+
+class SeesEvaluations(Callback):
+    """Whole iterates after each step, and whole parameters behind each evaluation.
+
+    Behind it, since to gather parameters drops those that FSDP has gathered already.
+    """
+
+    def __init__(self) -> None:
+        self.iterates: list[dict[str, Tensor]] = []
+        self.seen: list[tuple[int, dict[str, Tensor]]] = []
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.iterates.append(gather_weights(trainer, cast(Module, pl_module)))
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == len(self.iterates):
+            self.iterates.append(gather_weights(trainer, cast(Module, pl_module)))
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any
+    ) -> None:
+        weights = gather_weights(trainer, cast(Module, pl_module))
+        self.seen.append((trainer.global_step, weights))
+
+    on_test_batch_end = on_validation_batch_end
 
 
 @contextmanager
@@ -174,6 +228,8 @@ def make_callbacks(case: cases.TrainerRun) -> list[Callback]:
         callbacks.append(CountsMoves())
     if case.observe == "steps":
         callbacks.append(RecordsSteps())
+    if case.observe == "evaluations":
+        callbacks.append(SeesEvaluations())
     if case.checkpoints:
         callbacks.append(
             ModelCheckpoint(
@@ -205,29 +261,45 @@ def make_rule(rule: cases.Rule) -> list[Callback]:
         total_steps=rule.total_steps,
         compile=rule.compile,
         direction_dtype=rule.direction_dtype,
+        evaluate_at=rule.evaluate_at,
     )
     return [callback]
 
 
 def gather(trainer: Trainer, module: Module) -> dict[str, Tensor]:
     """Whole parameters, base state and directions by name, on every process."""
-    root, optimizer = trainer.strategy.model, trainer.optimizers[0]
-    assert root is not None
-    Sharding(root, optimizer).reshard()
-    if isinstance(module.case.strategy, cases.FSDP1):
-        with strategies.full_state_dict_context(root):
-            weights = root.state_dict()
-            states = FullyShardedDataParallel.optim_state_dict(root, optimizer)["state"]
-    else:
-        weights = {name: full(p.detach()) for name, p in module.named_parameters()}
-        names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
-        states = {names[p]: s for p, s in optimizer.state.items()}
-    out = {f"weight.{name}": value.clone() for name, value in weights.items()}
-    for name, state in states.items():
+    out = {f"weight.{name}": w for name, w in gather_weights(trainer, module).items()}
+    for name, state in gather_states(trainer, module).items():
         for key, value in state.items():
             if isinstance(value, Tensor):
                 out[f"{key}.{name}"] = full(value).clone()
     return dict(sorted(out.items()))
+
+
+def gather_weights(trainer: Trainer, module: Module) -> dict[str, Tensor]:
+    """Whole parameters by name, on every process."""
+    root = trainer.strategy.model
+    assert root is not None
+    Sharding(root, torch.optim.SGD([torch.zeros(1)])).reshard()
+    if isinstance(module.case.strategy, cases.FSDP1):
+        with strategies.full_state_dict_context(root):
+            return {name: value.clone() for name, value in root.state_dict().items()}
+    return {name: full(p.detach()).clone() for name, p in module.named_parameters()}
+
+
+def gather_states(trainer: Trainer, module: Module) -> dict[str, Any]:
+    """The optimizer's states by the names of their parameters; none where nothing was trained."""
+    states: dict[str, Any] = {}
+    for optimizer in trainer.optimizers:
+        if isinstance(module.case.strategy, cases.FSDP1):
+            root = trainer.strategy.model
+            assert root is not None
+            with strategies.full_state_dict_context(root):
+                states |= FullyShardedDataParallel.optim_state_dict(root, optimizer)["state"]
+        else:
+            names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+            states |= {names[p]: s for p, s in optimizer.state.items()}
+    return states
 
 
 def full(tensor: Tensor) -> Tensor:
