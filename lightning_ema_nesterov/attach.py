@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ema_nesterov.core.claims import check_params_are_free
 from lightning_ema_nesterov.core.lookahead import Lookahead
 from lightning_ema_nesterov.core.metrics import StepMetrics
 from lightning_ema_nesterov.core.module_hooks import ModuleHooks
@@ -127,7 +128,9 @@ def attach_ema_nesterov(
     hold the iterate again after the optimizer's step. In between, a forward pass in evaluation mode
     or without gradients and ``state_dict()`` see the iterate (``state_dict()`` then gives copies),
     and what follows is as if nobody had looked. Loading weights ends what is under way. A copy of
-    the module, by ``copy.deepcopy`` or ``pickle``, is a plain module.
+    the module, by ``copy.deepcopy`` or ``pickle``, is a plain module, and is refused in between.
+    Whoever reads parameters in between in another way (``parameters()``, a call of a part of the
+    module) does it inside of ``at_iterate()`` of the handle.
 
     A distributed checkpoint that was made with the method: attach, then load. One that was made
     without: load, then attach.
@@ -161,7 +164,8 @@ def attach_ema_nesterov(
         A handle with ``detach()``.
 
     Raises:
-        RuntimeError: If a lookahead method is attached to the optimizer already: detach it first.
+        RuntimeError: If a lookahead method is attached to the optimizer already, or to another one
+            of its parameters: detach it first.
         TypeError: If ``optimizer`` is not a ``torch.optim.Optimizer`` or ``module`` no module.
         ValueError: If an argument is out of its range, if a fraction is given without
             ``total_steps``, if ``module`` owns no parameter of the optimizer, or for FSDP (1) with
@@ -195,9 +199,11 @@ def attach_ema_nesterov(
     _check_module(module, rule.store.all_params())
     lookahead = Lookahead(rule, settings.schedule(total_steps), module=module)
     lookahead.sharding.check_can_save()
-    lookahead.attach()
+    check_params_are_free(base_optimizer)
     share = average_share if evaluate_at == "average" else None
     module_hooks = ModuleHooks(lookahead, share)
+    lookahead.attach()
+    _warn_of_what_is_odd(lookahead)
     handle = EMANesterovHandle(lookahead, module_hooks)
     # Fabric calls a method like `training_step` on the module that it wraps, not on its wrapper,
     # and its wrapper asks the module that the user gave it for the state.
@@ -221,6 +227,25 @@ def _check_module(module: nn.Module, params: list[Tensor]) -> None:
         raise ValueError(
             f"module must own parameters of the optimizer, and {type(module).__qualname__} owns "
             f"none of its {len(params)}. Attach to the module that the training step calls."
+        )
+
+
+def _warn_of_what_is_odd(lookahead: Lookahead) -> None:
+    schedule, optimizer = lookahead.schedule, lookahead.base_optimizer
+    if schedule.lookahead_step_size and not schedule.is_ever_active:
+        warnings.warn(
+            "EMA-Nesterov never looks ahead in this run, so training equals the base optimizer "
+            f"alone: {schedule}.",
+            stacklevel=3,
+        )
+    known = lookahead.rule.store.known_params()
+    if lookahead.progress.is_new and any(t.any() for t in lookahead.rule.store.column(known)):
+        warnings.warn(
+            f"{type(optimizer).__qualname__} has directions of EMA-Nesterov for {len(known)} "
+            "parameters and no number of steps, as after copying or pickling the optimizer itself: "
+            "the schedule begins at step 0. Load optimizer.state_dict(), or call start_at() of the "
+            "handle.",
+            stacklevel=3,
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakSet
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_ema_nesterov.core.checks import check_share
+from lightning_ema_nesterov.core.claims import claim, release
 from lightning_ema_nesterov.core.metrics import StepMetrics
 from lightning_ema_nesterov.core.progress import Progress
 from lightning_ema_nesterov.core.rule import LookaheadRule
@@ -22,8 +22,6 @@ from lightning_ema_nesterov.core.step_hooks import StepHooks
 from lightning_ema_nesterov.core.window import AtAverage, Window
 
 __all__ = ["Lookahead"]
-
-_attached: WeakSet[Optimizer] = WeakSet()
 
 
 class Lookahead:
@@ -47,6 +45,7 @@ class Lookahead:
         will_measure: Whether the next step is measured; reset by it.
         metrics: The step that was measured last.
         was_extrapolated: Whether :meth:`extrapolate` was called before the step that was last.
+        follows_module: Whether calls of a module move the parameters, and no owner that asks.
 
     Example:
         >>> import torch
@@ -74,6 +73,7 @@ class Lookahead:
         self.will_measure = False
         self.metrics: StepMetrics | None = None
         self.was_extrapolated = False
+        self.follows_module = False
         self._window: Window | None = None
         self._average: AtAverage | None = None
         self._hooks = StepHooks(
@@ -100,12 +100,7 @@ class Lookahead:
         if self._handles:
             return self
         optimizer = self.base_optimizer
-        if optimizer in _attached:
-            raise RuntimeError(
-                f"{type(optimizer).__qualname__} must have one lookahead method, and one is "
-                "attached to it already. Detach that one, or make a new optimizer."
-            )
-        _attached.add(optimizer)
+        claim(optimizer, follows_module=self.follows_module)
         self._handles = [
             *self._hooks.register(),
             *self.progress.register(),
@@ -124,7 +119,7 @@ class Lookahead:
         """
         self.retract()
         if self._handles:
-            _attached.discard(self.base_optimizer)
+            release(self.base_optimizer)
             if leaves_progress:
                 self.progress.leave()
         while self._handles:

@@ -8,20 +8,35 @@ one of the training forward pass.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ema_nesterov.core.lookahead import Lookahead
 
 __all__ = ["ModuleHooks"]
+
+_WHY_NOT_COMPILED = (
+    "attach_ema_nesterov moves parameters outside of the graph; for fullgraph=True attach to what "
+    "torch.compile returns"
+)
+_NO_BACKWARD = -1  # the id of the backward pass that is running, outside of one
+
+
+def _not_compiled(method: Any) -> Any:
+    known = inspect.signature(torch.compiler.disable).parameters  # torch 2.6 takes no reason
+    kwargs: dict[str, Any] = {"reason": _WHY_NOT_COMPILED} if "reason" in known else {}
+    disable: Any = torch.compiler.disable
+    return disable(**kwargs)(method)
 
 
 class ModuleHooks:
@@ -40,6 +55,7 @@ class ModuleHooks:
     def __init__(self, lookahead: Lookahead, average_share: float | None = None) -> None:
         self.is_held = False
         self._lookahead = lookahead
+        lookahead.follows_module = True
         self._average_share = average_share
         self._looks: list[ExitStack | None] = []  # one for each forward pass that is running
         self._states: list[bool] = []  # of the running calls of state_dict: likewise
@@ -50,32 +66,59 @@ class ModuleHooks:
         """Register the hooks.
 
         Args:
-            called: Modules whose forward passes count.
+            called: Modules whose forward passes count, and what they wrap.
             owners: Modules that are asked for the state; with all of their parts.
         """
         handles: list[RemovableHandle] = []
-        for m in called:
+        outer = set(called)
+        for m in outer.union(*map(_wrapped_by, outer)):
+            # In the graph that torch.compile makes of a wrapper, the wrapper's hooks have come.
+            kind = _Hook if m in outer else _EagerHook
             # FSDP2 gathers parameters in a pre-hook of its own, and this one has to come first.
             handles += [
-                m.register_forward_pre_hook(_Hook(m, self._before_forward), prepend=True),
-                m.register_forward_hook(_Hook(m, self._after_forward), always_call=True),
+                m.register_forward_pre_hook(kind(m, self, "_before_forward"), prepend=True),
+                m.register_forward_hook(kind(m, self, "_after_forward"), always_call=True),
             ]
         for m in {part for owner in owners for part in owner.modules()}:
-            before = _register(m, "state_dict_pre", self._before_state)
+            before = self._register(m, "state_dict_pre", "_before_state")
             # FSDP (1) gathers parameters in a hook of its own, too late to change them.
             hooks = cast("OrderedDict[int, Any]", m._state_dict_pre_hooks)
             hooks.move_to_end(before.id, last=False)
             handles += [
                 before,
-                _register(m, "state_dict_post", self._after_state),
-                _register(m, "load_state_dict_pre", self._before_load),
+                self._register(m, "state_dict_post", "_after_state"),
+                self._register(m, "load_state_dict_pre", "_before_load"),
             ]
         return handles
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
+    def _register(self, module: nn.Module, kind: str, action: str) -> RemovableHandle:
+        register: Callable[..., RemovableHandle] = getattr(module, f"register_{kind}_hook")
+        return register(_Hook(module, self, action))
+
+    def check_copy(self) -> None:
+        """Raise where a copy of the module would be one of the lookahead point.
+
+        Raises:
+            RuntimeError: Between a training forward pass and the optimizer's step.
+        """
+        if self._lookahead.is_open:
+            raise RuntimeError(
+                "A module that looks ahead must not be copied or pickled between a training "
+                "forward pass and the optimizer's step: its parameters hold the lookahead point. "
+                "Do it after the step, or inside of at_iterate() of the handle."
+            )
+
+    @_not_compiled
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled() and (module.training or self.is_held):
             self._looks.append(None)
+            if not self._lookahead.is_open and torch._C._current_graph_task_id() != _NO_BACKWARD:
+                raise RuntimeError(
+                    "The first training forward pass of a step must not run inside of a backward "
+                    "pass, as under checkpoint(module, ..., use_reentrant=True): what went before "
+                    "it was evaluated elsewhere. Use use_reentrant=False, or checkpoint parts of "
+                    "the module."
+                )
             self._lookahead.extrapolate()
         else:
             self._looks.append(self._look())
@@ -88,7 +131,7 @@ class ModuleHooks:
         look.enter_context(lookahead.at_iterate() if share is None else lookahead.at_average(share))
         return look
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
+    @_not_compiled
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         look = self._looks.pop() if self._looks else None
         if look is not None:
@@ -120,24 +163,40 @@ class _Hook:
 
     Args:
         module: The module.
-        action: Called with the module and whatever the hook is called with.
+        owner: Whose action it is.
+        action: Name of the method that is called with the module and what the hook is called with.
     """
 
-    def __init__(self, module: nn.Module, action: Callable[..., None]) -> None:
+    def __init__(self, module: nn.Module, owner: ModuleHooks, action: str) -> None:
         self._module = weakref.ref(module)
-        self._action = action
+        self._owner = owner
+        self._action: Callable[..., None] = getattr(owner, action)
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         if module is self._module():
             self._action(module, *args)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        self._owner.check_copy()
         return _do_nothing_hook, ()  # for copy.deepcopy and pickle
 
 
-def _register(module: nn.Module, kind: str, action: Callable[..., None]) -> RemovableHandle:
-    register: Callable[..., RemovableHandle] = getattr(module, f"register_{kind}_hook")
-    return register(_Hook(module, action))
+class _EagerHook(_Hook):
+    """Likewise, but leaves no trace in a graph of torch.compile."""
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            super().__call__(module, *args)
+
+
+def _wrapped_by(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules inside of DDP and torch.compile, which can be called by themselves."""
+    inner = getattr(module, "_orig_mod", None)
+    if isinstance(module, DistributedDataParallel):
+        inner = module.module
+    if isinstance(inner, nn.Module):
+        yield inner
+        yield from _wrapped_by(inner)
 
 
 def _do_nothing_hook() -> Callable[..., None]:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ema_nesterov.core.claims import check_params_are_free
 from lightning_ema_nesterov.core.lookahead import Lookahead
 from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
@@ -113,6 +114,7 @@ class LookaheadCallback(Callback, ABC):
         # may make in hooks that come after this one.
         asleep = LookaheadSchedule(0.0)
         for optimizer in trainer.optimizers:
+            check_params_are_free(optimizer)
             with as_misconfiguration():
                 rule = self.make_rule(trainer, optimizer)
             lookahead = Lookahead(rule, asleep, module=trainer.strategy.model)
@@ -137,12 +139,22 @@ class LookaheadCallback(Callback, ABC):
         for lookahead in self._lookaheads:
             lookahead.schedule = schedule
             lookahead.attach()
-            if trainer.global_step and lookahead.progress.is_new:
-                lookahead.progress.step_idx = trainer.global_step // steps_per_global_step(trainer)
-                rank_zero_info(
-                    f"The checkpoint was made without {type(self).__name__}: training goes on from "
-                    f"step {lookahead.step_idx} with nothing to look ahead along yet."
-                )
+            self._take_up(trainer, lookahead)
+
+    def _take_up(self, trainer: Trainer, lookahead: Lookahead) -> None:
+        num_steps = trainer.global_step // steps_per_global_step(trainer)
+        is_automatic = trainer.lightning_module.automatic_optimization
+        if not lookahead.progress.is_new and is_automatic and lookahead.step_idx < num_steps:
+            # A run without the callback keeps what it finds in the optimizer's state, and saves it.
+            for p in lookahead.rule.store.known_params():
+                lookahead.rule.store.drop(p)
+        elif not (num_steps and lookahead.progress.is_new):
+            return
+        lookahead.progress.step_idx = num_steps
+        rank_zero_info(
+            f"The checkpoint was made without {type(self).__name__}: training goes on from "
+            f"step {num_steps} with nothing to look ahead along yet."
+        )
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -160,6 +160,29 @@ def test_checkpoint_made_with_the_callback_continues_without_it(tmp_path: Path) 
     assert equal(snapshot(plain.lightning_module), snapshot(idle.lightning_module))
 
 
+def test_direction_from_before_epochs_without_the_callback_is_not_taken_up(tmp_path: Path) -> None:
+    """A run without it keeps what it finds in the optimizer's state, and saves it again."""
+    path, plain_path = tmp_path / "last.ckpt", tmp_path / "plain.ckpt"
+    fit(adamw, [scheduled_callback()], num_epochs=1).save_checkpoint(path)
+    fit(adamw, [], num_epochs=2, ckpt_path=path).save_checkpoint(path)
+    plain = torch.load(path, weights_only=False)
+    for state in plain["optimizer_states"][0]["state"].values():
+        del state[DIRECTION_KEY]
+    for group in plain["optimizer_states"][0]["param_groups"]:
+        for key in [key for key in group if key.startswith("ema_nesterov")]:
+            del group[key]
+    torch.save(plain, plain_path)
+    trainers = [
+        fit(adamw, [scheduled_callback()], num_epochs=3, ckpt_path=p) for p in (path, plain_path)
+    ]
+    assert equal(*[every_tensor(trainer) for trainer in trainers])
+    for trainer in trainers:
+        assert trainer.optimizers[0].state_dict()["param_groups"][0][STEP_KEY] == 9
+    assert not equal(
+        *[snapshot(t.lightning_module) for t in (trainers[0], fit(adamw, [], num_epochs=3))]
+    )
+
+
 def test_crash_between_steps_resumes_bitwise(tmp_path: Path) -> None:
     class Crashes(Callback):
         def on_train_batch_start(
