@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
-from emc2_reference import Chains, Point, cosine
+from companions.contrastive.emc2_reference import Chains, Point, cosine
 from torch import Tensor, nn
 
 from lightning_ema_nesterov.companions.contrastive import EMC2Loss, contrastive_loss
