@@ -24,6 +24,9 @@ from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.companions.contrastive import EMC2Loss, WithIndex
 from tests.companions.contrastive import gathering_worker
 
+pytestmark = pytest.mark.slow
+
+
 HERE = Path(__file__).parent
 TIMEOUT_S = 120
 

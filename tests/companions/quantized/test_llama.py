@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from lightning_ema_nesterov.companions.quantized import rotate_and_quantize
 from lightning_ema_nesterov.companions.quantized.quantizers import FakeQuantizer
 
+pytestmark = pytest.mark.slow
+
+
 TOKENS = torch.randint(17, (2, 12), generator=torch.Generator().manual_seed(0))
 
 

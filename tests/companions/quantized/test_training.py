@@ -25,6 +25,8 @@ import lightning_ema_nesterov.companions.quantized as package
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.companions.quantized import RotatedQAT, rotate_and_quantize
 
+pytestmark = pytest.mark.slow
+
 
 def load_recipe() -> ModuleType:
     path = Path(__file__).parents[3] / "recipes" / "companions" / "quantized.py"
