@@ -26,7 +26,7 @@ class RotatedQAT(Callback):
     exact zeros. So each rotation is used only where it lowers the error on calibration batches.
 
     The model is changed in ``setup``, before optimizers and strategy are made, once. Which
-    rotations are on and why is told through Lightning's log, and in :attr:`choices`. A checkpoint
+    rotations are on and why is told through Lightning's log, and in ``choices``. A checkpoint
     holds the choice, and is loaded into a model that the callback has changed.
 
     Args:
