@@ -14,6 +14,7 @@ from lightning_ema_nesterov.companions.quantized.layers import Switch
 __all__ = ["Choice", "Rotations", "Site", "as_table", "choose_rotations", "measure"]
 
 Rotations = Literal["adaptive", "all", "none"]
+"""Which layers are rotated: those of the smaller error, all or none."""
 
 
 @dataclass(frozen=True)
