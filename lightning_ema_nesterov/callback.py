@@ -45,7 +45,9 @@ class EMANesterov(LookaheadCallback):
 
     Parameters hold the lookahead point :math:`y_t` from just before ``training_step`` to the
     optimizer's step, and the iterate :math:`x_t` whenever anyone else can look: validation, every
-    checkpoint, other callbacks, after an exception, after fit. The direction :math:`m_t` is in the
+    checkpoint, other callbacks, after an exception, after fit. ``state_dict()`` of the module gives the
+    iterate in ``training_step`` too, as copies, and loading weights there ends the step's lookahead;
+    a copy of the module by ``copy.deepcopy`` is refused there. The direction :math:`m_t` is in the
     optimizer's own state, so every checkpoint of the Trainer contains it. A checkpoint made without
     the callback can be continued with it (:math:`m` starts at 0), and the other way round.
 
