@@ -202,6 +202,7 @@ def attach_ema_nesterov(
     check_params_are_free(base_optimizer)
     share = average_share if evaluate_at == "average" else None
     module_hooks = ModuleHooks(lookahead, share)
+    lookahead.follows_module = True
     lookahead.attach()
     _warn_of_what_is_odd(lookahead)
     handle = EMANesterovHandle(lookahead, module_hooks)

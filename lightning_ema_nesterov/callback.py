@@ -38,9 +38,13 @@ class EMANesterov(LookaheadCallback):
 
     Parameters hold the lookahead point :math:`y_t` from just before ``training_step`` to the
     optimizer's step, and the iterate :math:`x_t` whenever anyone else can look: validation, every
-    checkpoint, other callbacks, after an exception, after fit. The direction :math:`m_t` is in the
-    optimizer's own state, so every checkpoint of the Trainer contains it. A checkpoint made without
-    the callback can be continued with it (:math:`m` starts at 0), and the other way round.
+    checkpoint, other callbacks, after an exception, after fit. In ``training_step`` too
+    ``state_dict()`` of the module gives the iterate, as copies; loading weights ends the lookahead
+    of the step, and ``copy.deepcopy`` of the module is refused.
+
+    The direction :math:`m_t` is in the optimizer's own state, so every checkpoint of the Trainer
+    contains it. A checkpoint made without the callback can be continued with it (:math:`m` starts
+    at 0), and the other way round.
 
     In manual optimization the lookahead point is taken at the start of ``training_step``: a second
     step of the same optimizer in one ``training_step`` has :math:`\beta_t = 0`, unless

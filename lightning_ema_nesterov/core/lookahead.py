@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -77,7 +78,7 @@ class Lookahead:
         self._window: Window | None = None
         self._average: AtAverage | None = None
         self._hooks = StepHooks(
-            rule.base_optimizer, self._begin_step, self._end_step, lambda: self._is_stepping
+            rule.base_optimizer, self._begin_step, self._end_step, self._has_begun
         )
         self._handles: list[RemovableHandle] = []
 
@@ -105,9 +106,8 @@ class Lookahead:
             *self._hooks.register(),
             *self.progress.register(),
             *self.rule.store.restore_on_load(self.rule.restore),
-            optimizer.register_state_dict_pre_hook(lambda _: self.rule.make_state_readable()),
-            # Whatever is loaded, parameters that nobody loads stay at the iterate.
-            optimizer.register_load_state_dict_pre_hook(lambda *_: self.retract()),
+            optimizer.register_state_dict_pre_hook(self._before_state),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
         ]
         return self
 
@@ -177,6 +177,11 @@ class Lookahead:
         return self._window is not None and not self._window.is_paused
 
     @property
+    def is_paused(self) -> bool:
+        """Whether somebody looks at the iterate in a window that is open."""
+        return self._window is not None and self._window.is_paused
+
+    @property
     def is_at_average(self) -> bool:
         """Whether the parameters hold the average."""
         return self._average is not None
@@ -239,6 +244,15 @@ class Lookahead:
     @property
     def _is_stepping(self) -> bool:
         return self._window is not None and self._window.is_stepping
+
+    def _has_begun(self) -> bool:
+        return self._is_stepping
+
+    def _before_state(self, optimizer: Optimizer) -> None:
+        self.rule.make_state_readable()
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        self.retract()  # whatever is loaded, parameters that nobody loads stay at the iterate
 
     def _begin_step(self) -> None:
         self.resume()

@@ -55,7 +55,6 @@ class ModuleHooks:
     def __init__(self, lookahead: Lookahead, average_share: float | None = None) -> None:
         self.is_held = False
         self._lookahead = lookahead
-        lookahead.follows_module = True
         self._average_share = average_share
         self._looks: list[ExitStack | None] = []  # one for each forward pass that is running
         self._states: list[bool] = []  # of the running calls of state_dict: likewise
@@ -66,7 +65,8 @@ class ModuleHooks:
         """Register the hooks.
 
         Args:
-            called: Modules whose forward passes count, and what they wrap.
+            called: Modules whose forward passes count, and what they wrap. None, where the owner
+                of ``lookahead`` calls it: then only the state is bracketed.
             owners: Modules that are asked for the state; with all of their parts.
         """
         handles: list[RemovableHandle] = []
@@ -105,7 +105,8 @@ class ModuleHooks:
             raise RuntimeError(
                 "A module that looks ahead must not be copied or pickled between a training "
                 "forward pass and the optimizer's step: its parameters hold the lookahead point. "
-                "Do it after the step, or inside of at_iterate() of the handle."
+                "Do it after the step, or inside of at_iterate() of what attach_ema_nesterov "
+                "returned."
             )
 
     @_not_compiled
@@ -136,9 +137,21 @@ class ModuleHooks:
         look = self._looks.pop() if self._looks else None
         if look is not None:
             look.close()
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    leaf.register_hook(_refuse)  # type: ignore[no-untyped-call]  # of torch
+        elif not self._lookahead.is_open:
+            return  # nothing moves
+        check = self._check_backward if look is None else _refuse
+        for leaf in tree_leaves(output):
+            # A parameter that is put out as it is would keep the hook.
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                leaf.register_hook(check)  # type: ignore[no-untyped-call]  # of torch
+
+    def _check_backward(self, gradient: Tensor) -> None:
+        if self._lookahead.is_paused:
+            raise RuntimeError(
+                "The backward pass of a training forward pass must not run while the parameters "
+                "hold the iterate: inside of at_iterate(), or after a look at them (state_dict(), "
+                "an evaluation) that raised. Repeat the forward pass."
+            )
 
     def _before_state(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if not prefix:

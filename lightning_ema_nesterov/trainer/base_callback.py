@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_ema_nesterov.core.claims import check_params_are_free
 from lightning_ema_nesterov.core.lookahead import Lookahead
+from lightning_ema_nesterov.core.module_hooks import ModuleHooks
 from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 from lightning_ema_nesterov.trainer.checkpoints import (
@@ -120,6 +121,9 @@ class LookaheadCallback(Callback, ABC):
             lookahead = Lookahead(rule, asleep, module=trainer.strategy.model)
             self._detach.callback(lookahead.detach)
             self._lookaheads.append(lookahead.attach())
+            owners = [m for m in (trainer.strategy.model, pl_module) if m is not None]
+            for handle in ModuleHooks(lookahead).register((), owners):
+                self._detach.callback(handle.remove)
             for idx, max_lr in enumerate(max_lrs_of_schedulers(trainer, optimizer)):
                 lookahead.progress.set_max_lr(idx, max_lr)
         self._detach.callback(self._lookaheads.clear)

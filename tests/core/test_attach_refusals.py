@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ema_nesterov import EMANesterov
 from tests.core.q_network import (
@@ -103,6 +103,52 @@ def test_a_backward_pass_through_activations_of_the_former_point_is_an_error(
     loss = model(STATES).square().mean() + features.square().mean()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_backward_pass_after_a_look_that_raised_is_refused() -> None:
+    model, optimizer, handle = attached()
+
+    def fail(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    loss = model(STATES).square().mean()
+    for register in (model.norm.register_forward_hook, model.head.register_state_dict_post_hook):
+        hook = register(fail)
+        with pytest.raises(KeyboardInterrupt), torch.no_grad():
+            [model(STATES), model.state_dict()]
+        hook.remove()
+        with pytest.raises(RuntimeError, match="while the parameters hold the iterate"):
+            loss.backward()
+        loss = model(STATES).square().mean()
+    with handle.at_iterate(), pytest.raises(RuntimeError, match="hold the iterate"):
+        loss.backward(retain_graph=True)
+    loss.backward()
+    optimizer.step()
+
+
+class Puts(nn.Module):
+    """Puts out its weight as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, factor: Tensor) -> tuple[Tensor, Tensor]:
+        return factor * self.weight.square().sum(), self.weight
+
+
+def test_a_parameter_that_is_put_out_as_it_is_can_be_trained_after_an_evaluation() -> None:
+    model = Puts()
+    optimizer = sgd(model.parameters())
+    attach(optimizer, model)
+    for _ in range(3):
+        loss, weight = model(torch.ones(()))
+        model.eval()
+        model(torch.ones(()))
+        model.train()
+        (loss + weight.sum()).backward()
+        optimizer.step()
+    assert not model.weight._backward_hooks
 
 
 def test_a_schedule_that_never_looks_ahead_is_warned_of() -> None:
