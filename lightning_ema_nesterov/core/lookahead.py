@@ -223,12 +223,9 @@ class Lookahead:
     def enter_average(self, share: float = 1.0) -> None:
         """Move the parameters to the average of the iterates until :meth:`leave_average`.
 
-        Args:
-            share: Share of the way from the iterate to the average, in [0, 1].
-
         Raises:
             TypeError: If the rule holds no average.
-            ValueError: If ``share`` is out of its range.
+            ValueError: If ``share``, of the way from the iterate to the average, is not in [0, 1].
         """
         check_share("share", share)
         self.leave_average()
