@@ -139,8 +139,12 @@ def wait(
     processes = [process for process, _ in started]
     deadline = time.monotonic() + TIMEOUT_S
     has_failed = False
-    while any(p.exitcode is None for p in processes) and time.monotonic() < deadline:
-        next(p for p in processes if p.exitcode is None).join(0.05)
+    while time.monotonic() < deadline:
+        # Asked once a round: a process may end between two questions.
+        running = [p for p in processes if p.exitcode is None]
+        if not running:
+            break
+        running[0].join(0.05)
         if not has_failed and any(p.exitcode for p in processes):
             has_failed = True
             deadline = min(deadline, time.monotonic() + grace_s)
