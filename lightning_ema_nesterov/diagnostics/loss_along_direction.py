@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ema_nesterov.callback import EMANesterov
 from lightning_ema_nesterov.core.lookahead import Lookahead
 from lightning_ema_nesterov.core.sharding import local
+from lightning_ema_nesterov.diagnostics.validation_loss import ValidationLoss
 from lightning_ema_nesterov.trainer.log import log_to_all
-from lightning_ema_nesterov.trainer.questions import callbacks_of
 
 __all__ = ["LossAlongDirection"]
 
 
-class LossAlongDirection(Callback):
+class LossAlongDirection(ValidationLoss):
     r"""Log the loss at :math:`x + a\, m` for a few :math:`a`, after each validation.
 
     The loss is that of ``training_step`` on the first validation batches, in evaluation mode and
@@ -45,38 +41,10 @@ class LossAlongDirection(Callback):
     def __init__(
         self, distances: Sequence[float] = (0.5, 2.0, 10.0, 50.0), num_batches: int = 1
     ) -> None:
-        if num_batches < 1 or not distances:
-            raise ValueError(
-                f"distances must not be empty and num_batches at least 1, got {distances!r} and "
-                f"{num_batches}."
-            )
+        super().__init__(num_batches)
+        if not distances:
+            raise ValueError("distances must not be empty.")
         self.distances = tuple(distances)
-        self.num_batches = num_batches
-        self._batches: list[Any] = []
-
-    @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there is a direction."""
-        _ema_nesterov_of(trainer)
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the batches of the last validation."""
-        self._batches = []
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first batches."""
-        if len(self._batches) < self.num_batches:
-            self._batches.append(batch)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,15 +53,14 @@ class LossAlongDirection(Callback):
             return
         pairs = [
             (lookahead, p)
-            for lookahead in _ema_nesterov_of(trainer).lookaheads
+            for lookahead in self.ema_nesterov_of(trainer).lookaheads
             for p in lookahead.rule.store.known_params()
         ]
         if not pairs:
             return
         kept = [p.detach().clone() for _, p in pairs]
         try:
-            with _silenced(pl_module), torch.no_grad():
-                losses = [self._loss_at(a, trainer, pairs, kept) for a in (0.0, *self.distances)]
+            losses = [self._loss_at(a, trainer, pairs, kept) for a in (0.0, *self.distances)]
         finally:
             _set(pairs, kept)  # bit for bit: training goes on as if nobody had looked
         gaps = {
@@ -110,12 +77,11 @@ class LossAlongDirection(Callback):
         kept: Sequence[Tensor],
     ) -> float:
         _set(pairs, kept)
-        for lookahead, p in pairs:
-            [point] = local([p.data])
-            point.add_(lookahead.rule.read_direction(p), alpha=a)
-        losses = [_loss_of(trainer, batch, idx) for idx, batch in enumerate(self._batches)]
-        mean = trainer.strategy.reduce(torch.stack(losses).mean(), reduce_op="mean")
-        return float(mean)
+        with torch.no_grad():
+            for lookahead, p in pairs:
+                [point] = local([p.data])
+                point.add_(lookahead.rule.read_direction(p), alpha=a)
+        return self.mean_loss(trainer)
 
 
 def _set(pairs: Sequence[tuple[Lookahead, Tensor]], values: Sequence[Tensor]) -> None:
@@ -123,39 +89,3 @@ def _set(pairs: Sequence[tuple[Lookahead, Tensor]], values: Sequence[Tensor]) ->
         lookahead.sharding.reshard()
     for (_, p), value in zip(pairs, values, strict=True):
         p.data.copy_(value)
-
-
-def _loss_of(trainer: Trainer, batch: Any, batch_idx: int) -> Tensor:
-    module = trainer.lightning_module
-    with trainer.precision_plugin.train_step_context():
-        outputs = module.training_step(batch, batch_idx)
-    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-    if not isinstance(loss, Tensor):
-        raise MisconfigurationException(
-            f"LossAlongDirection needs a training_step that returns a loss, got {type(loss)}."
-        )
-    return loss.detach().float()
-
-
-@contextmanager
-def _silenced(module: LightningModule) -> Iterator[None]:
-    """Drop what a module logs, and evaluate it."""
-    was_training = module.training
-    module.eval()
-    for name in ("log", "log_dict"):
-        object.__setattr__(module, name, lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        for name in ("log", "log_dict"):
-            object.__delattr__(module, name)
-        module.train(was_training)
-
-
-def _ema_nesterov_of(trainer: Trainer) -> EMANesterov:
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, EMANesterov):
-            return callback
-    raise MisconfigurationException(
-        "LossAlongDirection needs the direction of an EMANesterov callback, and there is none."
-    )

@@ -47,8 +47,9 @@ def _check_values(study: Study) -> None:
             "num_steps must be a positive multiple of num_validations, got "
             f"{study.num_steps} and {study.num_validations}."
         )
-    for name in ("lr_warmup", "lr_decay"):
-        _check_fraction(getattr(study, name), name)
+    shares = [("average_shares", share) for share in study.average_shares]
+    for name, value in [("lr_warmup", study.lr_warmup), ("lr_decay", study.lr_decay), *shares]:
+        _check_fraction(value, name)
     if not study.seeds or len(set(study.seeds)) < len(study.seeds):
         raise ValueError(f"seeds must be different numbers, at least one, got {study.seeds}.")
     for seed in study.seeds:
@@ -87,6 +88,8 @@ def _check_base(base: BaseOptimizer, key: str) -> None:
 
 
 def _check_method(method: MethodSpec, key: str, num_steps: int) -> None:
+    if method.lr_decay is not None:
+        _check_fraction(method.lr_decay, f"{key}.lr_decay")
     if method.class_path is None:
         return
     found: Callable[..., object] = find_class(method.class_path, key)

@@ -78,7 +78,8 @@ def _definitions(config: Mapping[str, Any], base: str, method: str) -> dict[str,
         found[f"base_optimizers.{base}"] = deciding
     if method in config["methods"]:
         spec = config["methods"][method]
-        found[f"methods.{method}"] = {key: spec[key] for key in ("class_path", "init_args")}
+        deciding = {k: spec.get(k) for k in ("class_path", "init_args", "lr_decay")}
+        found[f"methods.{method}"] = deciding
     return found
 
 

@@ -19,7 +19,7 @@ from lightning_ema_nesterov.experiments.study.figures import (
     draw_learning_rates,
     styles_of,
 )
-from lightning_ema_nesterov.experiments.study.results import Result, read_events
+from lightning_ema_nesterov.experiments.study.results import Result, read_events, with_averages
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import (
     CONFIDENCE,
@@ -53,14 +53,15 @@ def write_report(study_dir: Path) -> Path:
     Raises:
         FileNotFoundError: If no run is finished.
     """
-    results = read_events(study_dir / RUNS)
+    trained_runs = read_events(study_dir / RUNS)
+    results = with_averages(trained_runs)
     config = read_config(study_dir) or {"methods": {}, "base_optimizers": {}}
     folder = study_dir / "report"
     folder.mkdir(exist_ok=True)
     methods = list(dict.fromkeys([*config["methods"], *(r.run.method for r in results)]))
     trained = {result.run.base for result in results}
     bases = dict.fromkeys([*config["base_optimizers"], *sorted(trained)])
-    sections = [_introduction(study_dir.name, config, results)]
+    sections = [_introduction(study_dir.name, config, trained_runs)]
     sections += [_section(folder, base, results, methods) for base in bases if base in trained]
     text = "\n\n".join(sections) + "\n"
     (folder / "report.md").write_text(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = [
     "read_event_folder",
     "read_events",
     "read_lines",
+    "with_averages",
     "write_line",
 ]
 
@@ -32,6 +33,8 @@ DIVERGED = "study/diverged"
 """Tag of the last scalar of a run: 1 where the loss was not finite, else 0."""
 
 _STEP_SIZE = "ema_nesterov/step_size"
+
+_AT_AVERAGE = "ema_nesterov/loss_at_average/share="
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Result:
         step_size: Lookahead step size that was farthest from 0.
         lookahead_steps: First and last step that is known to have looked ahead, of those that
             were logged; ``None`` if there was none.
+        at_average: Validation losses at shares of the way to the average, by share.
     """
 
     run: Run
@@ -56,6 +60,7 @@ class Result:
     state_per_parameter: float
     step_size: float
     lookahead_steps: tuple[int, int] | None = None
+    at_average: dict[float, list[Point]] = field(default_factory=dict)
 
     @property
     def final(self) -> float:
@@ -66,6 +71,25 @@ class Result:
     def best(self) -> float:
         """Smallest validation loss; infinite where there is none."""
         return min((point.value for point in self.val_loss), default=float("inf"))
+
+
+def with_averages(results: Iterable[Result]) -> list[Result]:
+    """Return results, and those of the same runs evaluated at averages as methods of their own.
+
+    Example:
+        >>> run = Run("adamw", "flat", 0.01, seed=0)
+        >>> points = {1.0: [Point(10, 0.5, 2.0)]}
+        >>> result = Result(run, [Point(10, 0.5, 3.0)], False, 0.1, 2.0, 0.0, None, points)
+        >>> [(r.run.method, r.final) for r in with_averages([result])]
+        [('flat', 3.0), ('flat @ 1', 2.0)]
+    """
+    found = []
+    for result in results:
+        found.append(result)
+        for share, points in sorted(result.at_average.items()):
+            run = replace(result.run, method=f"{result.run.method} @ {share:g}")
+            found.append(replace(result, run=run, val_loss=points, at_average={}))
+    return found
 
 
 def read_events(root: Path) -> list[Result]:
@@ -110,6 +134,11 @@ def _read_events(folder: Path) -> Result | None:
         state_per_parameter=scalars[STATE_PER_PARAMETER][-1].value,
         step_size=max((point.value for point in step_sizes), key=abs, default=0.0),
         lookahead_steps=(min(ahead), max(ahead)) if ahead else None,
+        at_average={
+            float(tag.removeprefix(_AT_AVERAGE)): points
+            for tag, points in scalars.items()
+            if tag.startswith(_AT_AVERAGE)
+        },
     )
 
 
@@ -122,11 +151,17 @@ def write_line(path: Path, result: Result) -> None:
         "state_per_parameter": round(result.state_per_parameter, 3),
         "step_size": round(result.step_size, 4),
         "lookahead_steps": result.lookahead_steps,
-        "val_loss": [[p.step, round(p.seconds, 1), round(p.value, 5)] for p in result.val_loss],
+        "val_loss": _as_lists(result.val_loss),
     }
+    if result.at_average:
+        line["at_average"] = {f"{s:g}": _as_lists(v) for s, v in result.at_average.items()}
     is_cut = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a") as file:
         file.write("\n" * is_cut + json.dumps(line) + "\n")
+
+
+def _as_lists(points: Iterable[Point]) -> list[list[float]]:
+    return [[p.step, round(p.seconds, 1), round(p.value, 5)] for p in points]
 
 
 def read_lines(path: Path) -> list[Result]:
@@ -151,4 +186,5 @@ def _read_lines(lines: Iterable[str]) -> Iterable[Result]:
             line["step_size"],
             # Lines of former versions have none.
             tuple(line["lookahead_steps"]) if line.get("lookahead_steps") else None,
+            {float(s): [Point(*p) for p in v] for s, v in line.get("at_average", {}).items()},
         )

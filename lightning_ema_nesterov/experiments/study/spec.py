@@ -95,12 +95,15 @@ class MethodSpec:
         init_args: Its arguments.
         grid: Values of further arguments. Each combination is a method of its own.
         bases: Names of the base optimizers that it is for; empty for all.
+        lr_decay: Fraction of the run in which the learning rate falls, in [0, 1]; ``None``: that of
+            the base optimizer.
     """
 
     class_path: str | None = None
     init_args: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
     bases: list[str] = field(default_factory=list)
+    lr_decay: float | None = None
 
     @property
     def lookahead_step_size(self) -> float:
@@ -119,6 +122,7 @@ class Study:
 
     The baseline is also trained at ``lr / (1 - lookahead_step_size)`` for each learning rate of a
     method with a lookahead step size: a steady update becomes as large there as with the method.
+    It is not where the method has another optimizer or another decay of the learning rate.
 
     Attributes:
         model: ``class_path`` and ``init_args`` of a LightningModule that logs ``val_loss``. Its
@@ -132,6 +136,8 @@ class Study:
         num_validations: Validations of each run, evenly spaced, the last one at the end.
         lr_warmup: Fraction of the run in which the learning rate rises linearly, in [0, 1].
         lr_decay: Fraction of the run in which it falls linearly to 0, in [0, 1].
+        average_shares: Shares of the way from the iterate to the average, in [0, 1], at which runs
+            with EMANesterov are evaluated as well. Each is a method of its own in the report.
         gradient_clip_val: Norm to which gradients are clipped, above 0; ``None``: not at all.
         accelerator: As the Trainer names it.
         num_threads: Threads of torch in each run on a CPU, at least 1: results depend on it.
@@ -148,6 +154,7 @@ class Study:
     num_validations: int = 10
     lr_warmup: float = 0.05
     lr_decay: float = 0.3
+    average_shares: list[float] = field(default_factory=list)
     gradient_clip_val: float | None = 1.0
     accelerator: str = "cpu"
     num_threads: int = 1
@@ -165,7 +172,8 @@ class Study:
             optimizer = self.base_optimizers[base].instead.get(name)
             for lr in (optimizer or self.base_optimizers[base]).lrs:
                 yield Run(base, name, lr, seed)
-                if optimizer is None and method.lookahead_step_size:
+                is_alike = optimizer is None and method.lr_decay is None
+                if is_alike and method.lookahead_step_size:
                     gained = lr / (1.0 - method.lookahead_step_size)
                     yield Run(base, BASELINE, float(f"{gained:.3g}"), seed)
 
@@ -173,6 +181,11 @@ class Study:
         """Return the base optimizer of a run."""
         optimizer = self.base_optimizers[run.base]
         return optimizer.instead.get(run.method, optimizer)
+
+    def lr_decay_of(self, run: Run) -> float:
+        """Return the fraction of a run in which its learning rate falls."""
+        given = (self.methods[run.method].lr_decay, self.optimizer_of(run).lr_decay)
+        return next((decay for decay in given if decay is not None), self.lr_decay)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what decides the results, as plain types."""

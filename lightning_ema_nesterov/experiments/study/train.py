@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from lightning_ema_nesterov import EMANesterov
+from lightning_ema_nesterov.diagnostics import LossAtAverage
 from lightning_ema_nesterov.experiments.advice import without_advice
 from lightning_ema_nesterov.experiments.study.classes import find_class
 from lightning_ema_nesterov.experiments.study.results import (
@@ -59,6 +61,8 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
     callbacks = [watch, *(_build(spec, "callbacks") for spec in study.callbacks)]
     if method.class_path is not None:
         callbacks.append(find_class(method.class_path, "methods")(**method.init_args))
+        if study.average_shares and isinstance(callbacks[-1], EMANesterov):
+            callbacks.append(LossAtAverage(study.average_shares))
     with without_advice():
         trainer = _make_trainer(study, folder, callbacks, is_watched=is_watched)
         trainer.fit(model, datamodule=_build(study.data, "data"))
@@ -86,8 +90,9 @@ def _hyperparameters(study: Study, run: Run) -> dict[str, Any]:
 
 def _set_optimizer(model: LightningModule, study: Study, run: Run) -> None:
     spec = study.optimizer_of(run)
-    decay = study.lr_decay if spec.lr_decay is None else spec.lr_decay
-    schedule = WarmupStableDecay.of_fractions(study.num_steps, warmup=study.lr_warmup, decay=decay)
+    schedule = WarmupStableDecay.of_fractions(
+        study.num_steps, warmup=study.lr_warmup, decay=study.lr_decay_of(run)
+    )
 
     def configure_optimizers() -> Any:
         optimizer = _make_optimizer(spec, run.lr, model)
