@@ -106,5 +106,5 @@ def test_direction_and_arguments_of_the_loss_along_it_are_checked() -> None:
         make_trainer(LossAlongDirection(), max_steps=1).fit(Toy(adamw), loader(1))
     with pytest.raises(ValueError, match="distances must not be empty"):
         LossAlongDirection(())
-    with pytest.raises(ValueError, match="num_batches at least 1"):
+    with pytest.raises(ValueError, match="num_batches must be at least 1"):
         LossAlongDirection(num_batches=0)

@@ -50,9 +50,13 @@ def _check_values(study: Study) -> None:
     shares = [("average_shares", share) for share in study.average_shares]
     for name, value in [("lr_warmup", study.lr_warmup), ("lr_decay", study.lr_decay), *shares]:
         _check_fraction(value, name)
-    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
-        raise ValueError(f"seeds must be different numbers, at least one, got {study.seeds}.")
-    for seed in study.seeds:
+    seeds = [*study.seeds, *study.confirming_seeds]
+    if not study.seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            "seeds must be different numbers, at least one, and confirming_seeds others, got "
+            f"{study.seeds} and {study.confirming_seeds}."
+        )
+    for seed in seeds:
         if not 0 <= seed <= _MAX_SEED:
             raise ValueError(f"seeds must be in [0, {_MAX_SEED}], got {seed}.")
     if study.gradient_clip_val is not None and not study.gradient_clip_val > 0:

@@ -13,7 +13,7 @@ __all__ = ["CONFIG", "claim", "read_config"]
 
 CONFIG = "study.json"
 
-_PARTS = ("base_optimizers", "methods", "seeds")
+_PARTS = ("base_optimizers", "methods", "seeds", "confirming_seeds")
 """What a study may have more of later; everything else is the same for all of its runs."""
 
 
@@ -97,5 +97,8 @@ def _joined(known: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, An
         **config,
         "base_optimizers": bases,
         "methods": {**known["methods"], **config["methods"]},
-        "seeds": list(dict.fromkeys([*known["seeds"], *config["seeds"]])),
+        **{
+            key: list(dict.fromkeys([*known.get(key, []), *config[key]]))
+            for key in ("seeds", "confirming_seeds")
+        },
     }

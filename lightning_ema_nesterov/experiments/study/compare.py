@@ -21,9 +21,11 @@ from lightning_ema_nesterov.experiments.study.results import (
     Result,
     read_event_folder,
     read_lines,
+    with_averages,
     write_line,
 )
 from lightning_ema_nesterov.experiments.study.spec import Run, Study
+from lightning_ema_nesterov.experiments.study.tables import best_lrs
 from lightning_ema_nesterov.experiments.study.train import train_run
 from lightning_ema_nesterov.experiments.typed_commands import typed_command
 
@@ -46,23 +48,33 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
     """
     if num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, got {num_workers}.")
-    finished = {result.run for result in read_lines(out_dir / LINES)}
-    claim(study, out_dir, finished)
-    runs = study.runs()
-    left = [run for run in runs if run not in finished]
-    num_finished = len(runs) - len(left)
-    print(f"{len(runs)} runs, {num_finished} of them finished. Folder: {out_dir}")
+    claim(study, out_dir, {result.run for result in read_lines(out_dir / LINES)})
+    print(f"Folder: {out_dir}")
     print(f"Watch: {typed_command('tensorboard', '--logdir', out_dir / RUNS)}")
     try:
-        _train_all(study, left, out_dir, num_workers=num_workers, num_finished=num_finished)
+        _train_all(study, study.runs(), out_dir, num_workers=num_workers)
+        if study.confirming_seeds:
+            _train_all(study, _confirming_runs(study, out_dir), out_dir, num_workers=num_workers)
     except (KeyboardInterrupt, SystemExit):  # the latter is the Trainer's answer to Ctrl-C
         sys.exit("Stopped. The same command goes on from here.")
     print(f"Report: {typed_command('ema-nesterov', 'report', out_dir)}")
 
 
-def _train_all(
-    study: Study, left: Sequence[Run], out_dir: Path, *, num_workers: int, num_finished: int
-) -> None:
+def _confirming_runs(study: Study, out_dir: Path) -> list[Run]:
+    choosing = [r for r in read_lines(out_dir / LINES) if r.run.seed in study.seeds]
+    found = []
+    for base in study.base_optimizers:
+        for reading, lr in best_lrs(with_averages(choosing), base).items():
+            method = reading.partition(" @ ")[0]
+            found += [Run(base, method, lr, seed) for seed in study.confirming_seeds]
+    return list(dict.fromkeys(sorted(found, key=lambda run: run.seed)))
+
+
+def _train_all(study: Study, runs: Sequence[Run], out_dir: Path, *, num_workers: int) -> None:
+    finished = {result.run for result in read_lines(out_dir / LINES)}
+    left = [run for run in runs if run not in finished]
+    num_finished = len(runs) - len(left)
+    print(f"{len(runs)} runs, {num_finished} of them finished.")
     waiting = dict.fromkeys(left)
     with tqdm(total=num_finished + len(left), initial=num_finished, unit="run") as progress:
         progress.set_description(_describe(waiting, num_workers))

@@ -19,11 +19,12 @@ from lightning_ema_nesterov.experiments.study.figures import (
     draw_learning_rates,
     styles_of,
 )
-from lightning_ema_nesterov.experiments.study.results import Result, read_events, with_averages
+from lightning_ema_nesterov.experiments.study.results import Result, read_events
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import (
     CONFIDENCE,
     Standing,
+    judged,
     markdown_table,
     notes,
     standings,
@@ -53,9 +54,9 @@ def write_report(study_dir: Path) -> Path:
     Raises:
         FileNotFoundError: If no run is finished.
     """
-    trained_runs = read_events(study_dir / RUNS)
-    results = with_averages(trained_runs)
     config = read_config(study_dir) or {"methods": {}, "base_optimizers": {}}
+    trained_runs = read_events(study_dir / RUNS)
+    results = judged(trained_runs, config.get("confirming_seeds", []))
     folder = study_dir / "report"
     folder.mkdir(exist_ok=True)
     methods = list(dict.fromkeys([*config["methods"], *(r.run.method for r in results)]))
@@ -79,6 +80,12 @@ def _introduction(name: str, study: Mapping[str, Any], results: Sequence[Result]
         settings = (
             f"Model `{study['model']['class_path']}`, data `{study['data']['class_path']}` "
             f"{json.dumps(study['data'].get('init_args') or {})}, {study['num_steps']:,} steps. "
+        )
+    confirming = study.get("confirming_seeds", [])
+    if set(confirming) & set(seeds):
+        settings += (
+            f"Learning rates were chosen on the other seeds, for the iterate and each average; the "
+            f"tables are of the seeds {', '.join(map(str, confirming))}, which chose nothing. "
         )
     return (
         f"# {name}\n\n{settings}{len(results)} finished runs, seeds "

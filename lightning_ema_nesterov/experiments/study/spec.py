@@ -132,6 +132,8 @@ class Study:
         base_optimizers: Base optimizers by name.
         methods: Methods by name.
         seeds: Seeds, each for every combination, in [0, 2 ** 32).
+        confirming_seeds: Seeds for the best learning rates of each method only, which ``seeds``
+            choose. The report is then about the confirming seeds, which chose nothing.
         callbacks: ``class_path`` and ``init_args`` of callbacks that every run has.
         num_validations: Validations of each run, evenly spaced, the last one at the end.
         lr_warmup: Fraction of the run in which the learning rate rises linearly, in [0, 1].
@@ -150,6 +152,7 @@ class Study:
     base_optimizers: dict[str, BaseOptimizer]
     methods: dict[str, MethodSpec]
     seeds: list[int]
+    confirming_seeds: list[int] = field(default_factory=list)
     callbacks: list[ClassSpec] = field(default_factory=list)
     num_validations: int = 10
     lr_warmup: float = 0.05
@@ -161,7 +164,7 @@ class Study:
     quick: dict[str, Any] = field(default_factory=dict)
 
     def runs(self) -> list[Run]:
-        """Return all runs, seed by seed, so that a part of them is a study too."""
+        """Return all runs but the confirming ones, so that a part of them is a study too."""
         pairs = itertools.product(self.seeds, self.base_optimizers)
         return list(dict.fromkeys(run for seed, base in pairs for run in self._runs_of(base, seed)))
 

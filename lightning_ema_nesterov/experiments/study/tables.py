@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from lightning_ema_nesterov.experiments.study.results import Result
+from lightning_ema_nesterov.experiments.study.results import Result, with_averages
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 
 __all__ = [
     "CONFIDENCE",
     "Interval",
     "Standing",
+    "best_lrs",
     "by_lr",
+    "judged",
     "markdown_table",
     "mean_curve",
     "notes",
@@ -93,6 +95,32 @@ def by_lr(results: Sequence[Result], base: str, method: str) -> dict[float, dict
     chosen = [r for r in results if (r.run.base, r.run.method) == (base, method)]
     lrs = sorted({result.run.lr for result in chosen})
     return {lr: {r.run.seed: r for r in chosen if r.run.lr == lr} for lr in lrs}
+
+
+def best_lrs(results: Sequence[Result], base: str) -> dict[str, float]:
+    """Return the learning rate of the smallest mean final loss of each method.
+
+    Args:
+        results: Results of a study.
+        base: Name of the base optimizer.
+    """
+    methods = dict.fromkeys(r.run.method for r in results if r.run.base == base)
+    return {m: _best_lr(_complete(by_lr(results, base, m))) for m in methods}
+
+
+def judged(results: Sequence[Result], confirming_seeds: Sequence[int]) -> list[Result]:
+    """Return what is compared, each average as a method of its own.
+
+    Where there are confirming seeds these are their runs, at the learning rate of each method that
+    the other seeds chose.
+    """
+    results = with_averages(results)
+    confirming = [r for r in results if r.run.seed in confirming_seeds]
+    choosing = [r for r in results if r.run.seed not in confirming_seeds]
+    if not confirming:
+        return results
+    best = {base: best_lrs(choosing, base) for base in {r.run.base for r in confirming}}
+    return [r for r in confirming if best[r.run.base].get(r.run.method) == r.run.lr]
 
 
 def standings(results: Sequence[Result], base: str, methods: Sequence[str] = ()) -> list[Standing]:

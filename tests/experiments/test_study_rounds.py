@@ -1,0 +1,73 @@
+"""A study in two rounds, and runs that are evaluated at averages as well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_ema_nesterov.experiments.study.compare import run_study
+from lightning_ema_nesterov.experiments.study.load import load_study
+from lightning_ema_nesterov.experiments.study.report import write_report
+from lightning_ema_nesterov.experiments.study.results import Result, read_events, read_lines
+from lightning_ema_nesterov.experiments.study.tables import judged
+from tests.experiments.toys import result, write
+
+
+@pytest.mark.slow
+def test_second_round_trains_only_what_the_first_chose(tmp_path: Path) -> None:
+    """Also the learning rate that is best at an average only."""
+    flat = {"class_path": "EMANesterov", "init_args": {"ema_decay": 0.9}, "lr_decay": 0.0}
+    path = write(
+        tmp_path,
+        seeds=[0],
+        confirming_seeds=[1, 2],
+        average_shares=[0.0, 1.0],
+        base_optimizers={"sgd": {"class_path": "SGD", "lrs": [0.01, 0.05, 1e30]}},
+        methods={"flat": flat},
+    )
+    study, out = load_study(path), tmp_path / "out"
+    run_study(study, out)
+    results = read_lines(out / "runs.jsonl")
+    first, second = results[:6], results[6:]
+    assert {r.run.seed for r in first} == {0}
+    assert {r.run.seed for r in second} == {1, 2}
+    assert 4 <= len(second) <= 6  # two methods, and perhaps another rate at an average
+    for r in second:
+        at_same_rate = [f for f in first if (f.run.method, f.run.lr) == (r.run.method, r.run.lr)]
+        rivals = [f for f in first if f.run.method == r.run.method]
+        assert any(
+            _reading(at_same_rate[0], share) == min(_reading(f, share) for f in rivals)
+            for share in (None, *r.at_average)
+        )
+    for r in results:
+        assert set(r.at_average) == ({0.0, 1.0} if r.run.method == "flat" else set())
+        if r.at_average and not r.is_diverged:
+            # The toy's validation loss is that of its training step.
+            assert r.at_average[0.0][-1].value == pytest.approx(r.final, abs=1e-5)
+            assert abs(r.at_average[1.0][-1].value - r.final) > 1e-4
+    assert {r.run for r in read_events(out / "runs")} == {r.run for r in results}
+    text = write_report(out).with_suffix(".md").read_text()
+    assert "| flat @ 1 |" in text
+    assert "the tables are of the seeds 1, 2, which chose nothing" in text
+    run_study(study, out)
+    assert read_lines(out / "runs.jsonl") == results
+
+
+def _reading(one: Result, share: float | None) -> float:
+    if one.is_diverged:
+        return float("inf")
+    return one.final if share is None else one.at_average[share][-1].value
+
+
+def test_confirming_seeds_are_judged_at_the_rate_that_the_others_chose() -> None:
+    """Also where another would have been better on them."""
+    results = [
+        result("none", 0.1, 0, [1.0]),
+        result("none", 0.2, 0, [2.0]),
+        result("none", 0.1, 1, [3.0]),
+        result("none", 0.2, 1, [0.5]),
+    ]
+    assert [r.final for r in judged(results, [1])] == [3.0]
+    assert judged(results, []) == results
+    assert judged(results, [7]) == results
