@@ -10,6 +10,7 @@ from statistics import mean, stdev
 import pytest
 import yaml
 
+from lightning_ema_nesterov.experiments.study.claim import read_config
 from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.results import read_events, read_lines
@@ -17,7 +18,7 @@ from lightning_ema_nesterov.experiments.study.spec import ClassSpec
 from lightning_ema_nesterov.experiments.study.tables import judged, markdown_table, standings
 from tests.experiments.toys import STUDIES
 
-RESULTS = sorted(path for path in (STUDIES / "results").glob("*.jsonl") if path.stem != "convex")
+RESULTS = sorted(path.parent for path in (STUDIES / "results").glob("*/runs.jsonl"))
 
 
 @pytest.mark.slow
@@ -57,18 +58,22 @@ def test_example_in_the_readme_of_the_studies_is_a_study(tmp_path: Path) -> None
     assert study.model == ClassSpec("tests.experiments.toys.Model")
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_tables_of_the_studies_are_those_of_their_lines(path: Path) -> None:
-    text = (STUDIES / "README.md").read_text()
-    lines, study = read_lines(path), load_study(STUDIES / f"{path.stem}.yaml")
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_reports_of_the_studies_are_those_of_their_lines(folder: Path) -> None:
+    """And the lines are those of the YAML, as one would get it by the command."""
+    lines, study = read_lines(folder / "runs.jsonl"), load_study(STUDIES / f"{folder.name}.yaml")
     choosing = [r for r in lines if r.run.seed not in study.confirming_seeds]
     assert {result.run for result in choosing} <= set(study.runs())
+    assert read_config(folder) == json.loads(json.dumps(study.as_dict()))
     results = judged(lines, study.confirming_seeds)
+    text = (folder / "report/report.md").read_text()
     for base in dict.fromkeys(result.run.base for result in results):
-        none, *others = standings(results, base)
+        none, *others = standings(results, base, list(study.methods))
         if "[" in others[0].method:
             others.sort(key=lambda standing: standing.difference.mean)
         assert markdown_table([none, *others]) in text, base
+    for picture in re.findall(r"\]\((\S+\.png)\)", text):
+        assert (folder / "report" / picture).is_file()
 
 
 def test_table_of_convex_problems_is_that_of_the_lines() -> None:
@@ -85,7 +90,7 @@ def test_results_in_the_readme_are_those_of_the_lines() -> None:
     expected = []
     for name in ("late", "longer", "quiet"):
         study = load_study(STUDIES / f"{name}.yaml")
-        results = read_lines(STUDIES / f"results/{name}.jsonl")
+        results = read_lines(STUDIES / f"results/{name}/runs.jsonl")
         for base in study.base_optimizers:
             found = {standing.method: standing for standing in standings(results, base)}
             none, ema = found["none"], found["ema_nesterov"]
@@ -103,8 +108,16 @@ def test_results_in_the_readme_are_those_of_the_lines() -> None:
 
 
 def test_intervals_in_the_text_are_those_of_a_table() -> None:
-    text, _, tables = (STUDIES / "README.md").read_text().partition("\n## noisy")
+    text = (STUDIES / "README.md").read_text()
+    tables = "".join((folder / "report/report.md").read_text() for folder in RESULTS)
     intervals = re.findall(r"[+-]\d\.\d{4}\s\[[^\]]+\]", text)
     assert len(intervals) >= 10
     for interval in intervals:
         assert re.sub(r"\s+", " ", interval) in tables
+
+
+def test_pictures_and_links_of_the_page_exist() -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", (STUDIES / "README.md").read_text())
+    assert len(targets) > 20
+    for target in targets:
+        assert (STUDIES / target).exists(), target

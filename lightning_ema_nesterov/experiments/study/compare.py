@@ -29,7 +29,7 @@ from lightning_ema_nesterov.experiments.study.tables import best_lrs
 from lightning_ema_nesterov.experiments.study.train import train_run
 from lightning_ema_nesterov.experiments.typed_commands import typed_command
 
-__all__ = ["RUNS", "run_study"]
+__all__ = ["LINES", "RUNS", "run_study"]
 
 LINES, RUNS = "runs.jsonl", "runs"
 

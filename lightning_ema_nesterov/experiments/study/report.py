@@ -12,14 +12,14 @@ from typing import Any
 import markdown
 
 from lightning_ema_nesterov.experiments.study.claim import read_config
-from lightning_ema_nesterov.experiments.study.compare import RUNS
+from lightning_ema_nesterov.experiments.study.compare import LINES, RUNS
 from lightning_ema_nesterov.experiments.study.figures import (
     draw_curves,
     draw_grids,
     draw_learning_rates,
     styles_of,
 )
-from lightning_ema_nesterov.experiments.study.results import Result, read_events
+from lightning_ema_nesterov.experiments.study.results import Result, read_events, read_lines
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import (
     CONFIDENCE,
@@ -43,10 +43,11 @@ img { max-width: 100%; }
 
 
 def write_report(study_dir: Path) -> Path:
-    """Write ``report.md``, ``report.html`` and figures of a study from its event files.
+    """Write ``report.md``, ``report.html`` and figures of a study.
 
     Args:
-        study_dir: Folder of the study; the report goes to its folder ``report``.
+        study_dir: Folder of the study, with event files or, where somebody passed on only what is
+            small, with its ``runs.jsonl``. The report goes to its folder ``report``.
 
     Returns:
         The HTML page, which needs no other file.
@@ -55,7 +56,9 @@ def write_report(study_dir: Path) -> Path:
         FileNotFoundError: If no run is finished.
     """
     config = read_config(study_dir) or {"methods": {}, "base_optimizers": {}}
-    trained_runs = read_events(study_dir / RUNS)
+    trained_runs = read_lines(study_dir / LINES)
+    if (study_dir / RUNS).exists() or not trained_runs:
+        trained_runs = read_events(study_dir / RUNS)
     results = judged(trained_runs, config.get("confirming_seeds", []))
     folder = study_dir / "report"
     folder.mkdir(exist_ok=True)
