@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ import pytest
 from lightning_ema_nesterov.experiments.study import report
 from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.figures import Style, draw_curves, styles_of
+from lightning_ema_nesterov.experiments.study.frontier import (
+    draw_frontier,
+    frontier,
+    memory_points,
+    memory_table,
+)
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.report import write_report
 from lightning_ema_nesterov.experiments.study.results import Result, read_events
@@ -61,9 +68,9 @@ def test_report_is_one_page_with_all_figures(study_dir: Path) -> None:
     page = write_report(study_dir)
     html, text = page.read_text(), (page.parent / "report.md").read_text()
     figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
-    assert len(figures) == 4
+    assert len(figures) == 5
     sources = re.findall(r'src="([^"]+)"', html)
-    assert len(sources) == 4
+    assert len(sources) == 5
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
     assert "href" not in html
     assert "6 diverged" in html
@@ -147,6 +154,7 @@ def test_order_and_colours_are_those_of_the_yaml(
 
     monkeypatch.setattr(report, "draw_curves", record)
     text = (write_report(tmp_path / "out").parent / "report.md").read_text()
+    text, _, _ = text.partition("## Optimizer memory")
     assert re.findall(r"^## (\w+)", text, re.MULTILINE) == ["sgd", "adam"]
     order = ["none", "zeta", "snoo", "alpha", "none", "snoo", "alpha"]
     assert re.findall(r"^\| (\w+) \| 0", text, re.MULTILINE) == order
@@ -199,3 +207,27 @@ def test_picture_is_drawn_also_where_a_method_or_the_baseline_diverged(tmp_path:
     cases = [[good[0], bad[1]], [bad[0], good[1]], bad]
     pictures = {picture(tmp_path / "curves.png", results) for results in cases}
     assert len(pictures) == 3
+
+
+def test_frontier_holds_what_nothing_smaller_beats(tmp_path: Path) -> None:
+    def point(base: str, kib: int, losses: list[float]) -> Result:
+        one = result("none", 0.1, 0, losses, state_bytes=kib * 1024)
+        return replace(one, run=replace(one.run, base=base))
+
+    results = [
+        point("big", 30, [1.0]),
+        point("wasteful", 20, [3.0]),
+        point("small", 10, [2.0]),
+        point("diverged", 1, [math.inf]),
+    ]
+    found = {r.run.base: standings([r], r.run.base) for r in results}
+    points = memory_points(found)
+    assert [p.base for p in points] == ["small", "wasteful", "big"]
+    assert [p.base for p in frontier(points)] == ["small", "big"]
+    assert "| **small** | none | 10 | 2.0000 |\n| wasteful |" in memory_table(points)
+    draw_frontier(tmp_path / "memory.png", points)
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_is_left_out_where_lines_do_not_know_it() -> None:
+    assert memory_points({"sgd": standings([result("none", 0.1, 0, [1.0])], "sgd")}) == []

@@ -6,18 +6,24 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ema_nesterov.experiments.event_files import read_scalars
 from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.report import write_report
 from lightning_ema_nesterov.experiments.study.results import Result, read_events, read_lines
 from lightning_ema_nesterov.experiments.study.tables import judged
-from tests.experiments.toys import result, write
+from tests.experiments.toys import Model, result, write
 
 
 @pytest.mark.slow
 def test_second_round_trains_only_what_the_first_chose(tmp_path: Path) -> None:
     """Also the learning rate that is best at an average only."""
-    flat = {"class_path": "EMANesterov", "init_args": {"ema_decay": 0.9}, "lr_decay": 0.0}
+    flat = {
+        "class_path": "EMANesterov",
+        "init_args": {"ema_decay": 0.9},
+        "lr_decay": 0.0,
+        "callbacks": [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}],
+    }
     path = write(
         tmp_path,
         seeds=[0],
@@ -40,7 +46,12 @@ def test_second_round_trains_only_what_the_first_chose(tmp_path: Path) -> None:
             _reading(at_same_rate[0], share) == min(_reading(f, share) for f in rivals)
             for share in (None, *r.at_average)
         )
+    num_bytes = 4 * sum(p.numel() for p in Model().parameters())
     for r in results:
+        # SGD without momentum keeps nothing, and the direction is one float32 for each parameter.
+        assert r.state_bytes == (num_bytes if r.run.method == "flat" else 0)
+        tags = read_scalars(out / "runs" / r.run.folder)
+        assert ("lr-SGD" in tags) == (r.run.method == "flat")
         assert set(r.at_average) == ({0.0, 1.0} if r.run.method == "flat" else set())
         if r.at_average and not r.is_diverged:
             # The toy's validation loss is that of its training step.

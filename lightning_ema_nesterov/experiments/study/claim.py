@@ -77,8 +77,8 @@ def _definitions(config: Mapping[str, Any], base: str, method: str) -> dict[str,
         deciding = {k: optimizer[k] for k in ("class_path", "init_args", "lr_decay")}
         found[f"base_optimizers.{base}"] = deciding
     if method in config["methods"]:
-        spec = config["methods"][method]
-        deciding = {k: spec.get(k) for k in ("class_path", "init_args", "lr_decay")}
+        spec = {"callbacks": [], "lr_decay": None, **config["methods"][method]}
+        deciding = {k: spec[k] for k in ("class_path", "init_args", "lr_decay", "callbacks")}
         found[f"methods.{method}"] = deciding
     return found
 

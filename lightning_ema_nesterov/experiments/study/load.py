@@ -48,16 +48,13 @@ def load_study(path: Path, *, is_quick: bool = False) -> Study:
             raise ValueError(f"{path} has no quick form: it lacks the key quick.")
         raw = {**raw, **_mapping(raw["quick"], "quick")}
     _check_keys(Study, raw, "study")
-    callbacks = raw.get("callbacks") or []
-    if not isinstance(callbacks, list):
-        raise ValueError(f"callbacks must be a list, got {callbacks!r}.")
     study = _make(
         Study,
         raw,
         "study",
         model=_make(ClassSpec, raw["model"], "model"),
         data=_make(ClassSpec, raw["data"], "data"),
-        callbacks=[_make(ClassSpec, spec, "callbacks") for spec in callbacks],
+        callbacks=_make_callbacks(raw, "callbacks"),
         base_optimizers=_make_bases(raw["base_optimizers"], "base_optimizers"),
         methods=dict(_expand_methods(_mapping(raw["methods"], "methods"))),
     )
@@ -158,6 +155,13 @@ def _check_keys(cls: type, raw: Mapping[str, Any], key: str) -> None:
         raise ValueError(f"{key} lacks {', '.join(missing)}.")
 
 
+def _make_callbacks(raw: Mapping[str, Any], key: str) -> list[ClassSpec]:
+    callbacks = raw.get("callbacks") or []
+    if not isinstance(callbacks, list):
+        raise ValueError(f"{key} must be a list, got {callbacks!r}.")
+    return [_make(ClassSpec, spec, key) for spec in callbacks]
+
+
 def _make_bases(raw: Any, key: str) -> dict[str, BaseOptimizer]:
     found = {}
     for name, spec in _mapping(raw, key).items():
@@ -170,11 +174,16 @@ def _make_bases(raw: Any, key: str) -> dict[str, BaseOptimizer]:
 
 def _expand_methods(raw: Mapping[str, Any]) -> Iterator[tuple[str, MethodSpec]]:
     for name, spec in {BASELINE: None, **raw}.items():
-        method = _make(MethodSpec, {} if spec is None else spec, f"methods.{name}")
+        where = f"methods.{name}"
+        raw_method = {} if spec is None else spec
+        has_callbacks = isinstance(raw_method, Mapping) and "callbacks" in raw_method
+        made = _make_callbacks(raw_method, f"{where}.callbacks") if has_callbacks else []
+        method = _make(MethodSpec, raw_method, where, callbacks=made)
         if (method.class_path is None) != (name == BASELINE):
             raise ValueError(f"methods.{name} must have a class_path, and {BASELINE} must not.")
         for values in itertools.product(*method.grid.values()):
             chosen = dict(zip(method.grid, values, strict=True))
             suffix = ",".join(f"{key}={value}" for key, value in chosen.items())
-            made = dataclasses.replace(method, init_args={**method.init_args, **chosen}, grid={})
-            yield (f"{name}[{suffix}]" if suffix else name), made
+            init_args = {**method.init_args, **chosen}
+            expanded = dataclasses.replace(method, init_args=init_args, grid={})
+            yield (f"{name}[{suffix}]" if suffix else name), expanded

@@ -19,6 +19,11 @@ from lightning_ema_nesterov.experiments.study.figures import (
     draw_learning_rates,
     styles_of,
 )
+from lightning_ema_nesterov.experiments.study.frontier import (
+    draw_frontier,
+    memory_points,
+    memory_table,
+)
 from lightning_ema_nesterov.experiments.study.results import Result, read_events, read_lines
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import (
@@ -67,6 +72,7 @@ def write_report(study_dir: Path) -> Path:
     bases = dict.fromkeys([*config["base_optimizers"], *sorted(trained)])
     sections = [_introduction(study_dir.name, config, trained_runs)]
     sections += [_section(folder, base, results, methods) for base in bases if base in trained]
+    sections += _memory_section(folder, results, methods)
     text = "\n\n".join(sections) + "\n"
     (folder / "report.md").write_text(text)
     page = folder / "report.html"
@@ -122,6 +128,19 @@ def _section(folder: Path, base: str, results: Sequence[Result], methods: Sequen
         f"![Final loss over learning rates]({rates.name})",
     ]
     return "\n\n".join(filter(None, [f"## {base}", markdown_table(found), said, *pictures]))
+
+
+def _memory_section(folder: Path, results: Sequence[Result], methods: Sequence[str]) -> list[str]:
+    bases = dict.fromkeys(r.run.base for r in results if r.run.method == BASELINE)
+    points = memory_points({base: standings(results, base, methods) for base in bases})
+    if len({point.base for point in points}) < 2:
+        return []
+    picture = folder / "memory.png"
+    draw_frontier(picture, points)
+    return [
+        "## Optimizer memory\n\nBold: nothing that keeps less ends as low.\n\n"
+        f"![Final loss over optimizer memory]({picture.name})\n\n{memory_table(points)}"
+    ]
 
 
 def _mean_difference(standing: Standing) -> float:

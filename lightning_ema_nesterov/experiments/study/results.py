@@ -13,6 +13,7 @@ from lightning_ema_nesterov.experiments.study.spec import Run
 
 __all__ = [
     "DIVERGED",
+    "STATE_BYTES",
     "STATE_PER_PARAMETER",
     "STEP_SECONDS",
     "Result",
@@ -28,6 +29,9 @@ STEP_SECONDS = "study/step_seconds"
 
 STATE_PER_PARAMETER = "study/state_per_parameter"
 """Tag of the elements that the optimizer keeps for each element of a parameter, at most."""
+
+STATE_BYTES = "study/state_bytes"
+"""Tag of the bytes that the optimizer keeps, at most."""
 
 DIVERGED = "study/diverged"
 """Tag of the last scalar of a run: 1 where the loss was not finite, else 0."""
@@ -51,6 +55,7 @@ class Result:
         lookahead_steps: First and last step that is known to have looked ahead, of those that
             were logged; ``None`` if there was none.
         at_average: Validation losses at shares of the way to the average, by share.
+        state_bytes: Bytes that the optimizer keeps; ``None`` in lines of former versions.
     """
 
     run: Run
@@ -61,6 +66,7 @@ class Result:
     step_size: float
     lookahead_steps: tuple[int, int] | None = None
     at_average: dict[float, list[Point]] = field(default_factory=dict)
+    state_bytes: int | None = None
 
     @property
     def final(self) -> float:
@@ -139,6 +145,7 @@ def _read_events(folder: Path) -> Result | None:
             for tag, points in scalars.items()
             if tag.startswith(_AT_AVERAGE)
         },
+        state_bytes=int(scalars[STATE_BYTES][-1].value) if STATE_BYTES in scalars else None,
     )
 
 
@@ -149,6 +156,7 @@ def write_line(path: Path, result: Result) -> None:
         "is_diverged": result.is_diverged,
         "step_seconds": round(result.step_seconds, 5),
         "state_per_parameter": round(result.state_per_parameter, 3),
+        "state_bytes": result.state_bytes,
         "step_size": round(result.step_size, 4),
         "lookahead_steps": result.lookahead_steps,
         "val_loss": _as_lists(result.val_loss),
@@ -187,4 +195,5 @@ def _read_lines(lines: Iterable[str]) -> Iterable[Result]:
             # Lines of former versions have none.
             tuple(line["lookahead_steps"]) if line.get("lookahead_steps") else None,
             {float(s): [Point(*p) for p in v] for s, v in line.get("at_average", {}).items()},
+            line.get("state_bytes"),
         )

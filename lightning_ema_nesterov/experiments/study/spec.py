@@ -97,6 +97,7 @@ class MethodSpec:
         bases: Names of the base optimizers that it is for; empty for all.
         lr_decay: Fraction of the run in which the learning rate falls, in [0, 1]; ``None``: that of
             the base optimizer.
+        callbacks: ``class_path`` and ``init_args`` of further callbacks of its runs.
     """
 
     class_path: str | None = None
@@ -104,6 +105,7 @@ class MethodSpec:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     bases: list[str] = field(default_factory=list)
     lr_decay: float | None = None
+    callbacks: list[ClassSpec] = field(default_factory=list)
 
     @property
     def lookahead_step_size(self) -> float:

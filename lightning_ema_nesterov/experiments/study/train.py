@@ -27,6 +27,7 @@ from lightning_ema_nesterov.experiments.advice import without_advice
 from lightning_ema_nesterov.experiments.study.classes import find_class
 from lightning_ema_nesterov.experiments.study.results import (
     DIVERGED,
+    STATE_BYTES,
     STATE_PER_PARAMETER,
     STEP_SECONDS,
 )
@@ -58,7 +59,10 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
     # Other processes on the machine do not count for a run on its CPU.
     watch = _Watch(time.process_time if study.accelerator == "cpu" else time.perf_counter)
     method = study.methods[run.method]
-    callbacks = [watch, *(_build(spec, "callbacks") for spec in study.callbacks)]
+    callbacks = [
+        watch,
+        *(_build(spec, "callbacks") for spec in (*study.callbacks, *method.callbacks)),
+    ]
     if method.class_path is not None:
         callbacks.append(find_class(method.class_path, "methods")(**method.init_args))
         if study.average_shares and isinstance(callbacks[-1], EMANesterov):
@@ -168,6 +172,7 @@ class _Watch(Callback):
         self.seconds: list[float] = []
         self.is_diverged = False
         self.state_elements = 0
+        self.state_bytes = 0
         self._started = 0.0
 
     @override
@@ -190,8 +195,9 @@ class _Watch(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         [optimizer] = trainer.optimizers
-        kept = [t for entry in optimizer.state.values() for t in _tensors(entry)]
-        self.state_elements = max(self.state_elements, sum(t.numel() for t in kept if t.ndim))
+        kept = [t for entry in optimizer.state.values() for t in _tensors(entry) if t.ndim]
+        self.state_elements = max(self.state_elements, sum(t.numel() for t in kept))
+        self.state_bytes = max(self.state_bytes, sum(t.nbytes for t in kept))
 
     def write(self, trainer: Trainer, hyperparameters: dict[str, Any]) -> None:
         """Add what is known after the run to its event file.
@@ -208,6 +214,7 @@ class _Watch(Callback):
             {
                 STEP_SECONDS: statistics.median(self.seconds),
                 STATE_PER_PARAMETER: self.state_elements / elements,
+                STATE_BYTES: float(self.state_bytes),
                 DIVERGED: float(self.is_diverged or not math.isfinite(val_loss)),
             },
             step=max(0, trainer.global_step - 1),
