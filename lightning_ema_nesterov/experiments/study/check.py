@@ -36,7 +36,8 @@ def check_study(study: Study) -> None:
     instead = [list(base.instead) for base in study.base_optimizers.values()]
     _check_names(study.methods, instead, "instead")
     specs = [("model", study.model), ("data", study.data)]
-    callbacks = [*study.callbacks, *(c for m in study.methods.values() for c in m.callbacks)]
+    bases = [base for _, base in _with_keys(study.base_optimizers, "")]
+    callbacks = [*study.callbacks, *(spec for base in bases for spec in base.callbacks)]
     for key, spec in [*specs, *(("callbacks", spec) for spec in callbacks)]:
         check_arguments(find_class(spec.class_path, key), spec.init_args, key)
     _check_accelerator(study.accelerator)

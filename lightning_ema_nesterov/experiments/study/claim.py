@@ -74,11 +74,12 @@ def _definitions(config: Mapping[str, Any], base: str, method: str) -> dict[str,
     if base in config["base_optimizers"]:
         optimizer = config["base_optimizers"][base]
         optimizer = optimizer["instead"].get(method, optimizer)
-        deciding = {k: optimizer[k] for k in ("class_path", "init_args", "lr_decay")}
+        optimizer = {"callbacks": [], **optimizer}
+        deciding = {k: optimizer[k] for k in ("class_path", "init_args", "lr_decay", "callbacks")}
         found[f"base_optimizers.{base}"] = deciding
     if method in config["methods"]:
-        spec = {"callbacks": [], "lr_decay": None, **config["methods"][method]}
-        deciding = {k: spec[k] for k in ("class_path", "init_args", "lr_decay", "callbacks")}
+        spec = {"lr_decay": None, **config["methods"][method]}
+        deciding = {k: spec[k] for k in ("class_path", "init_args", "lr_decay")}
         found[f"methods.{method}"] = deciding
     return found
 

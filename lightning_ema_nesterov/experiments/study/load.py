@@ -166,24 +166,20 @@ def _make_bases(raw: Any, key: str) -> dict[str, BaseOptimizer]:
     found = {}
     for name, spec in _mapping(raw, key).items():
         where = f"{key}.{name}"
-        has_others = isinstance(spec, Mapping) and spec.get("instead")
-        others = _make_bases(spec["instead"], f"{where}.instead") if has_others else {}
-        found[name] = _make(BaseOptimizer, spec, where, instead=others)
+        has = spec if isinstance(spec, Mapping) else {}
+        others = _make_bases(has["instead"], f"{where}.instead") if has.get("instead") else {}
+        callbacks = _make_callbacks(has, f"{where}.callbacks")
+        found[name] = _make(BaseOptimizer, spec, where, instead=others, callbacks=callbacks)
     return found
 
 
 def _expand_methods(raw: Mapping[str, Any]) -> Iterator[tuple[str, MethodSpec]]:
     for name, spec in {BASELINE: None, **raw}.items():
-        where = f"methods.{name}"
-        raw_method = {} if spec is None else spec
-        has_callbacks = isinstance(raw_method, Mapping) and "callbacks" in raw_method
-        made = _make_callbacks(raw_method, f"{where}.callbacks") if has_callbacks else []
-        method = _make(MethodSpec, raw_method, where, callbacks=made)
+        method = _make(MethodSpec, {} if spec is None else spec, f"methods.{name}")
         if (method.class_path is None) != (name == BASELINE):
             raise ValueError(f"methods.{name} must have a class_path, and {BASELINE} must not.")
         for values in itertools.product(*method.grid.values()):
             chosen = dict(zip(method.grid, values, strict=True))
             suffix = ",".join(f"{key}={value}" for key, value in chosen.items())
-            init_args = {**method.init_args, **chosen}
-            expanded = dataclasses.replace(method, init_args=init_args, grid={})
-            yield (f"{name}[{suffix}]" if suffix else name), expanded
+            made = dataclasses.replace(method, init_args={**method.init_args, **chosen}, grid={})
+            yield (f"{name}[{suffix}]" if suffix else name), made

@@ -76,6 +76,8 @@ class BaseOptimizer:
         lr_decay: Fraction of the run in which the learning rate falls, in [0, 1]; ``None``: the
             study's.
         instead: Optimizers in the place of this one, by the name of the method that needs them.
+        callbacks: ``class_path`` and ``init_args`` of callbacks that belong to it, before that of
+            the method.
     """
 
     class_path: str
@@ -83,6 +85,7 @@ class BaseOptimizer:
     init_args: dict[str, Any] = field(default_factory=dict)
     lr_decay: float | None = None
     instead: dict[str, BaseOptimizer] = field(default_factory=dict)
+    callbacks: list[ClassSpec] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,6 @@ class MethodSpec:
         bases: Names of the base optimizers that it is for; empty for all.
         lr_decay: Fraction of the run in which the learning rate falls, in [0, 1]; ``None``: that of
             the base optimizer.
-        callbacks: ``class_path`` and ``init_args`` of further callbacks of its runs.
     """
 
     class_path: str | None = None
@@ -105,7 +107,6 @@ class MethodSpec:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     bases: list[str] = field(default_factory=list)
     lr_decay: float | None = None
-    callbacks: list[ClassSpec] = field(default_factory=list)
 
     @property
     def lookahead_step_size(self) -> float:

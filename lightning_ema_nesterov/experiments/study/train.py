@@ -59,10 +59,8 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
     # Other processes on the machine do not count for a run on its CPU.
     watch = _Watch(time.process_time if study.accelerator == "cpu" else time.perf_counter)
     method = study.methods[run.method]
-    callbacks = [
-        watch,
-        *(_build(spec, "callbacks") for spec in (*study.callbacks, *method.callbacks)),
-    ]
+    own = (*study.callbacks, *study.optimizer_of(run).callbacks)
+    callbacks = [watch, *(_build(spec, "callbacks") for spec in own)]
     if method.class_path is not None:
         callbacks.append(find_class(method.class_path, "methods")(**method.init_args))
         if study.average_shares and isinstance(callbacks[-1], EMANesterov):
