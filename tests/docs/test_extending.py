@@ -48,6 +48,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_added_files_pass_their_tests_and_doctests(extended: Path) -> None:
     added = [str(path) for path in FILES]
     output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *added, folder=extended)

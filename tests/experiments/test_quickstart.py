@@ -57,6 +57,7 @@ def logged_hyperparameters(log_dir: Path) -> dict[str, float]:
     return {name: value.number_value for name, value in hyperparameters.items()}
 
 
+@pytest.mark.slow
 def test_quickstart_trains_compares_and_draws(tmp_path: Path) -> None:
     text = write_text(tmp_path, 60)
     arguments = ["--num_steps", "40", "--text", str(text), "--lr", "0.01", "--seed", "3"]

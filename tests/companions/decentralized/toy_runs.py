@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.companions.decentralized import FSPDASA, FSPDASTORM, DoCoM
 from lightning_ema_nesterov.companions.decentralized.callback import DecentralizedCallback
+from tests.ports import free_port
 
 METHODS: dict[str, Callable[..., DecentralizedCallback]] = {
     "sa": FSPDASA,
@@ -267,9 +267,6 @@ def spawn(
     """Start processes as ``torchrun`` would, without its agent: nobody ends the others for them."""
     file = folder / f"{configs[0]['name']}-{num_processes}.json"
     file.write_text(json.dumps(configs))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     folders = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     common = {
         "TORCHELASTIC_RUN_ID": "test",
@@ -277,7 +274,7 @@ def spawn(
         "LOCAL_WORLD_SIZE": str(num_processes),
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(folders),
     }
