@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.toys import Toy, adamw, trajectory_of
+
+# The models are tiny: threads of several processes would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     """Every test starts from the same seed, alone or after others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_global_hooks() -> Iterator[None]:
+    """LitGPT's optimizer looks for its model with a hook of every module, until it is found."""
+    hooks = nn.modules.module._global_forward_pre_hooks
+    before = set(hooks)
+    yield
+    for key in set(hooks) - before:
+        del hooks[key]
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ def test_modules_and_functions_stay_short(name: str) -> None:
             assert length <= 40, node.name
 
 
+@pytest.mark.slow
 def test_core_imports_without_the_extras() -> None:
     """In a process where LitGPT and the other extras cannot be imported."""
     code = (

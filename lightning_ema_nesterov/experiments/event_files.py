@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-__all__ = ["Point", "read_scalar", "read_scalars"]
+__all__ = ["Point", "read_scalars"]
 
 
 class Point(NamedTuple):
@@ -42,19 +42,3 @@ def read_scalars(log_dir: Path) -> dict[str, list[Point]]:
         tag: [Point(e.step + 1, e.wall_time - started, e.value) for e in accumulator.Scalars(tag)]
         for tag in tags
     }
-
-
-def read_scalar(log_dir: Path, tag: str) -> list[Point]:
-    """Read one scalar from the event files of a run.
-
-    Args:
-        log_dir: Folder with the event files.
-        tag: For example ``val_loss``.
-
-    Raises:
-        FileNotFoundError: If the folder holds no value of that tag.
-    """
-    scalars = read_scalars(log_dir)
-    if tag not in scalars:
-        raise FileNotFoundError(f"{log_dir} must hold event files with the scalar {tag!r}.")
-    return scalars[tag]

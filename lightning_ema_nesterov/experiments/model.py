@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from lightning.pytorch import LightningModule
 from litgpt import GPT, Config
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 from typing_extensions import override
 
-from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
-
-__all__ = ["ByteDecoder", "ByteLanguageModel"]
+__all__ = ["ByteDecoder"]
 
 NUM_BYTES = 256
 
@@ -72,34 +66,6 @@ class ByteDecoder(LightningModule):
 
     def _predict(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         return self.model(batch[:, :-1]), batch[:, 1:]
-
-
-class ByteLanguageModel(ByteDecoder):
-    """The decoder of the quickstart, trained with AdamW.
-
-    Args:
-        lr: Peak base learning rate, at least 0.
-        num_steps: Optimizer steps of the run; the learning rate warms up over the first 5 %, is
-            constant, and falls linearly to zero over the last 30 %.
-        shape: Arguments of :class:`ByteDecoder`.
-    """
-
-    def __init__(self, lr: float, num_steps: int, **shape: int) -> None:
-        super().__init__(**shape)
-        self.lr = lr
-        self.num_steps = num_steps
-
-    @override
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.1
-        )
-        schedule = WarmupStableDecay.of_fractions(self.num_steps, warmup=0.05, decay=0.3)
-        scheduler = LambdaLR(optimizer, lambda step_idx: schedule.lr_at(step_idx))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_ema_nesterov.optimizers.base import Group
-from lightning_ema_nesterov.optimizers.projected import ProjectedAdamW, limit_norm_growth_, norm
+from lightning_ema_nesterov.optimizers.galore import GaLore
+from lightning_ema_nesterov.optimizers.projected import limit_norm_growth_, norm
 
 __all__ = ["Fira"]
 
 
-class Fira(ProjectedAdamW):
+class Fira(GaLore):
     r"""Add to GaLore's update the rest of the gradient, as large as Adam makes the projected part.
 
     With :math:`P`, :math:`R` and :math:`D` as in :class:`GaLore`, and one factor for each row (or
@@ -63,31 +63,6 @@ class Fira(ProjectedAdamW):
     """
 
     exact_keys: ClassVar[tuple[str, ...]] = ("residual_norm",)
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 0.01,
-        *,
-        rank: int = 128,
-        update_proj_gap: int = 200,
-        scale: float = 0.25,
-        proj_type: str = "std",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "rank": rank,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "proj_type": proj_type,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(params, defaults)
 
     @override
     def update_of(

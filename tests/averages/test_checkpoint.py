@@ -264,6 +264,7 @@ def test_folder_of_a_loop_of_one_s_own(tmp_path: Path, place: str, is_flat: bool
     net.load_state_dict(made)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_copy_of_the_weights(tmp_path: Path) -> None:
     """Also where a frozen part has the shapes of what moves, and could be tied to it."""
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ from tests.distributed.processes import Result, Results, difference, launch
 from tests.distributed.runs import STRATEGIES
 from tests.distributed.trainer_run import small_kernels
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 AVERAGE = EMA(evaluate_at="average")
 KINDS: dict[str, Strategy] = {
@@ -84,20 +84,6 @@ def check_evaluations(result: Result, rank: int, strategy: Strategy, num_shares:
         assert abs(loss / at_iterate - 1) > 1e-3
 
 
-def test_validation_of_two_processes_sees_the_average(tmp_path: Path) -> None:
-    """One strategy of those below, for the quick lane."""
-    run = TrainerRun(
-        name="seen",
-        strategy=FSDP2(),
-        rule=AVERAGE,
-        val_check_interval=1.0,
-        observe="evaluations",
-    )
-    results = launch(tmp_path, 2, [run])
-    for rank in (0, 1):
-        check_evaluations(results.of_process("seen", rank), rank, run.strategy)
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -143,13 +129,11 @@ def results(kind: str, folder: Path) -> Results:
     )
 
 
-@pytest.mark.slow
 def test_validation_sees_the_average(kind: str, results: Results) -> None:
     for rank in (0, 1):
         check_evaluations(results.of_process("seen", rank), rank, KINDS[kind])
 
 
-@pytest.mark.slow
 def test_training_and_its_communication_are_the_same(results: Results) -> None:
     for name in ("seen", "average", "saving"):
         assert difference(results[name], results["iterate"]) == 0.0
@@ -159,7 +143,6 @@ def test_training_and_its_communication_are_the_same(results: Results) -> None:
     assert results["average"]["losses"] != results["iterate"]["losses"]
 
 
-@pytest.mark.slow
 def test_checkpoints_hold_the_iterate_and_continue_bitwise(folder: Path, results: Results) -> None:
     assert difference(results["loaded"], results["four"]) == 0.0
     assert difference(results["resumed"], results["iterate"]) == 0.0
@@ -170,7 +153,6 @@ def test_checkpoints_hold_the_iterate_and_continue_bitwise(folder: Path, results
     assert difference(results["four"], results["iterate"], "weight") > 1e-3
 
 
-@pytest.mark.slow
 def test_average_of_the_checkpoint_loads_in_the_plain_model(
     kind: str, folder: Path, results: Results
 ) -> None:
@@ -187,7 +169,6 @@ def test_average_of_the_checkpoint_loads_in_the_plain_model(
     assert torch.equal(tied, made["state_dict"]["embedding.weight"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2-no-reshard", "tensor-parallel"])
 def test_validate_and_test_see_the_average(kind: str, tmp_path: Path) -> None:
     """That of a checkpoint, and after fit; what one leaves behind does not change the next."""
@@ -216,7 +197,6 @@ def test_validate_and_test_see_the_average(kind: str, tmp_path: Path) -> None:
             assert torch.equal(results[name]["tensors"][f"weight.{key}"], value)
 
 
-@pytest.mark.slow
 def test_data_beside_tensor_parallelism(tmp_path: Path) -> None:
     """2 x 2 processes: validation in fit, of the folder, and its average as weights."""
     run = TrainerRun(
@@ -239,7 +219,6 @@ def test_data_beside_tensor_parallelism(tmp_path: Path) -> None:
         assert error_of(weights, average_of(iterates)) < RTOL
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
 def test_compressed_directions_in_shards(dtype: str, tmp_path: Path) -> None:
     rule = EMA(evaluate_at="average", direction_dtype="int8" if dtype == "int8" else "bfloat16")
@@ -275,7 +254,6 @@ LOOPS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOPS)
 def test_loops_of_one_s_own(name: str, tmp_path: Path) -> None:
     """Evaluations in the middle of each window see the average, and so does the checkpoint."""
@@ -305,7 +283,6 @@ def test_loops_of_one_s_own(name: str, tmp_path: Path) -> None:
     assert error_of(made, average_of(iterates)) < RTOL
 
 
-@pytest.mark.slow
 def test_a_folder_that_lacks_something_is_refused(tmp_path: Path) -> None:
     folders = {}
     runs = []

@@ -187,7 +187,7 @@ def test_a_look_at_what_is_wrapped_sees_the_iterate(wrap: Callable[[nn.Module], 
     check(model, lambda at_x, x, t: REWARDS)
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_called_before", [False, True])
 def test_module_compile_in_place_before_and_after_attach(
     backend: str, is_called_before: bool

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +9,7 @@ from torch import Tensor, nn
 from lightning_ema_nesterov.core.lookahead import Lookahead
 from lightning_ema_nesterov.core.progress import STEP_KEY
 from tests.core.problem import Attach, direction, loss_of, start, train
-from tests.toys import adamw, equal, relative_error
+from tests.toys import HalfStep, adamw, equal, relative_error
 
 
 def test_moves_are_idempotent(attach: Attach) -> None:
@@ -71,19 +68,6 @@ def test_exception_in_the_closure_leaves_y_to_be_retracted(attach: Attach) -> No
     assert relative_error(params, x) < 1e-7
     train(lookahead, params, 1)  # and training can go on
     assert lookahead.step_idx == 4
-
-
-class HalfStep(torch.optim.SGD):
-    """Steps the first parameter, then fails when told to."""
-
-    fails = False
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        for idx, p in enumerate(self.param_groups[0]["params"]):
-            if self.fails and idx == 1:
-                raise MemoryError
-            p.add_(p.grad, alpha=-0.05)
 
 
 @pytest.mark.parametrize("how", ["retract", "extrapolate", "at_iterate"])

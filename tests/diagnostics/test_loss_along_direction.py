@@ -16,8 +16,8 @@ from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.diagnostics import LossAlongDirection
 from lightning_ema_nesterov.experiments.data import TextWindows
 from lightning_ema_nesterov.experiments.event_files import read_scalars
-from lightning_ema_nesterov.experiments.model import ByteLanguageModel
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
+from tests.experiments.plain_loop import ByteLanguageModel
 from tests.toys import Batches, Toy, adamw, ema_nesterov, equal, loader, make_trainer, snapshot
 
 

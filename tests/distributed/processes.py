@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from unittest import mock
 import torch
 
 from tests.distributed import cases, worker
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 # Far below the half hour after which a process group gives up on a process that it waits for.
@@ -182,12 +182,6 @@ def run_nodes(folder: Path, num_nodes: int, runs: Sequence[cases.Case]) -> tuple
 
 def search_path() -> str:
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def difference(result: Result, expected: Result, prefix: str = "") -> float:

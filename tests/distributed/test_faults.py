@@ -17,13 +17,13 @@ from tests.distributed.processes import (
     Result,
     Results,
     difference,
-    free_port,
     launch,
     run_nodes,
     start,
     wait,
 )
 from tests.distributed.runs import STRATEGIES
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -18,12 +18,32 @@ pytestmark = pytest.mark.distributed
 KINDS = ("ddp", "fsdp1", "fsdp2")
 
 
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Results:
+    """All runs in one process group: starting it takes longer than they do."""
+    runs: list[TrainerRun] = []
+    for name in KINDS:
+        run = TrainerRun(name=name, strategy=STRATEGIES[name], val_check_interval=1.0)
+        ours = replace(
+            run,
+            name=f"{name}-ours",
+            num_steps=2,
+            val_check_interval=None,
+            observe="collectives",
+        )
+        runs += [
+            *stopped_and_resumed(folder, [run]),
+            ours,
+            replace(ours, name=f"{name}-base", rule=None),
+            replace(ours, name=f"{name}-measured", logs=True),
+        ]
+    return launch(folder, 2, runs)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_two_processes_equal_one_and_resume_bitwise(
-    name: str, tmp_path: Path, one_process: Results
+    name: str, results: Results, one_process: Results
 ) -> None:
-    run = TrainerRun(name=name, strategy=STRATEGIES[name], val_check_interval=1.0)
-    results = launch(tmp_path, 2, stopped_and_resumed(tmp_path, [run]))
     # float32 rounding of the sums over two halves of the batch, after 8 steps of AdamW.
     assert difference(results[name], one_process["adamw"]) < 1e-5
     assert difference(one_process["adamw"], one_process["plain"], "weight") > 1e-2
@@ -34,12 +54,9 @@ def test_two_processes_equal_one_and_resume_bitwise(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_no_step_communicates_but_one_that_is_measured(name: str, tmp_path: Path) -> None:
-    ours = TrainerRun(name="ours", strategy=STRATEGIES[name], num_steps=2, observe="collectives")
-    plain, measured = replace(ours, name="plain", rule=None), replace(ours, name="measured")
-    results = launch(tmp_path, 2, [ours, plain, replace(measured, logs=True)])
-    expected = results["plain"]["collectives"]
+def test_no_step_communicates_but_one_that_is_measured(name: str, results: Results) -> None:
+    expected = results[f"{name}-base"]["collectives"]
     assert sum(expected.values()) > 10
-    assert results["ours"]["collectives"] == expected
+    assert results[f"{name}-ours"]["collectives"] == expected
     # The counter sees what the norms of a sharded model need, and DDP has the whole model.
-    assert (results["measured"]["collectives"] == expected) is (name == "ddp")
+    assert (results[f"{name}-measured"]["collectives"] == expected) is (name == "ddp")

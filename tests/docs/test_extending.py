@@ -48,9 +48,10 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_added_files_pass_their_tests_and_doctests(extended: Path) -> None:
     added = [str(path) for path in FILES]
-    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *added, folder=extended)
+    output = run("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *added, folder=extended)
     for path in FILES:
         if path.parts[0] == "tests":
             assert (extended / path).read_text().count("\ndef test_") >= 2
@@ -67,7 +68,7 @@ def test_a_broken_rule_is_noticed_by_its_test(extended: Path, tmp_path: Path) ->
     assert "alpha=-step_size" in text
     rule.write_text(text.replace("alpha=-step_size", "alpha=step_size"))
     with pytest.raises(AssertionError, match="failed"):
-        run("-m", "pytest", "-q", "tests/rules/test_last_displacement.py", folder=folder)
+        run("-m", "pytest", "-q", "-n", "0", "tests/rules/test_last_displacement.py", folder=folder)
 
 
 def test_the_added_files_keep_to_the_direction_of_imports(extended: Path) -> None:

@@ -69,6 +69,7 @@ def test_straightforward_form_has_the_same_numbers() -> None:
     assert state[0] != 0.5
 
 
+@pytest.mark.slow
 def test_command_prints_a_table_and_writes_the_figures(tmp_path: Path) -> None:
     arguments = ["--num_elements", "[2000, 4000]", "--num_tensors", "[2, 5]", "--num_rounds", "1"]
     arguments += ["--forms", "[default, bfloat16]", "--num_threads", "[1, 2]"]

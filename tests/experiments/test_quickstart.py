@@ -24,15 +24,15 @@ from torch.utils.data import DataLoader
 
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.cli import main, quickstart
-from lightning_ema_nesterov.experiments.event_files import read_scalar
-from lightning_ema_nesterov.experiments.model import ByteLanguageModel
+from lightning_ema_nesterov.experiments.event_files import read_scalars
 from lightning_ema_nesterov.experiments.quickstart import RECIPES, Settings, make_study
 from lightning_ema_nesterov.experiments.study.report import write_report
 from lightning_ema_nesterov.experiments.study.results import read_event_folder
 from lightning_ema_nesterov.experiments.study.spec import Run
 from lightning_ema_nesterov.experiments.study.train import train_run
 from lightning_ema_nesterov.litgpt.data.corpus import load_corpus
-from lightning_ema_nesterov.litgpt.data.windows import evenly_spaced, shuffled
+from lightning_ema_nesterov.litgpt.data.windows import evenly_spaced
+from tests.experiments.plain_loop import ByteLanguageModel, shuffled
 from tests.experiments.toys import ROOT, write_text
 
 COMMAND = [sys.executable, "-m", "lightning_ema_nesterov.cli", "quickstart"]
@@ -57,6 +57,7 @@ def logged_hyperparameters(log_dir: Path) -> dict[str, float]:
     return {name: value.number_value for name, value in hyperparameters.items()}
 
 
+@pytest.mark.slow
 def test_quickstart_trains_compares_and_draws(tmp_path: Path) -> None:
     text = write_text(tmp_path, 60)
     arguments = ["--num_steps", "40", "--text", str(text), "--lr", "0.01", "--seed", "3"]
@@ -73,19 +74,19 @@ def test_quickstart_trains_compares_and_draws(tmp_path: Path) -> None:
     for name, step_size in (("none", 0.0), ("ema_nesterov", 0.5)):
         log_dir = folder / "runs" / "adamw" / name / "lr-0.01" / "seed-3"
         assert logged_hyperparameters(log_dir)["lookahead_step_size"] == step_size
-        losses = read_scalar(log_dir, "val_loss")
+        losses = read_scalars(log_dir)["val_loss"]
         assert losses[-1].step == 40  # the last step is validated
         assert losses[-1].value < losses[0].value
-        perplexity = read_scalar(log_dir, "val_ppl")[-1].value
+        perplexity = read_scalars(log_dir)["val_ppl"][-1].value
         assert perplexity == pytest.approx(torch.tensor(losses[-1].value).exp().item(), rel=1e-3)
-        assert read_scalar(log_dir, "lr-AdamW")
-        assert read_scalar(log_dir, "hp/val_loss")
+        assert read_scalars(log_dir)["lr-AdamW"]
+        assert read_scalars(log_dir)["hp/val_loss"]
         assert torch.load(log_dir / "final.ckpt", weights_only=False)["global_step"] == 40
     first = [record["val_loss"][name][0] for name in ("adamw", "adamw_ema_nesterov")]
     assert first[0] == first[1]  # the same start: warmup is not over
     assert record["val_loss"]["adamw"] != record["val_loss"]["adamw_ema_nesterov"]
     for name in ("step_size", "direction_norm", "displacement_norm", "alignment"):
-        assert read_scalar(log_dir, f"ema_nesterov/{name}")
+        assert read_scalars(log_dir)[f"ema_nesterov/{name}"]
     check_what_is_said(result.stdout, record)
 
     again = run(*arguments, folder=tmp_path)
@@ -230,7 +231,7 @@ def test_interrupted_run_leaves_logs_and_a_checkpoint_at_the_iterate(tmp_path: P
     error = (tmp_path / "errors").read_text()
     assert "Stopped. Logs and checkpoints up to here: out/run_0" in error
     assert "Traceback" not in error
-    assert read_scalar(folder, "val_loss")
+    assert read_scalars(folder)["val_loss"]
     saved = [torch.load(p, weights_only=False) for p in folder.glob("checkpoints/*.ckpt")]
     last = max(saved, key=lambda checkpoint: checkpoint["global_step"])
     assert last["global_step"] >= 60

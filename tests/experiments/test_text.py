@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lightning_ema_nesterov.experiments.data import TextWindows
-from lightning_ema_nesterov.experiments.model import ByteLanguageModel
 from lightning_ema_nesterov.litgpt.data.corpus import load_corpus
-from lightning_ema_nesterov.litgpt.data.windows import evenly_spaced, shuffled
+from lightning_ema_nesterov.litgpt.data.windows import evenly_spaced
+from tests.experiments.plain_loop import ByteLanguageModel, shuffled
 from tests.experiments.toys import write_text
 
 

@@ -20,7 +20,8 @@ from lightning_ema_nesterov.experiments.data import TextWindows
 from lightning_ema_nesterov.litgpt import TextBytes, TokenShards
 from lightning_ema_nesterov.litgpt.data import windows
 from lightning_ema_nesterov.litgpt.data.corpus import load_corpus
-from lightning_ema_nesterov.litgpt.data.windows import evenly_spaced, shuffled
+from lightning_ema_nesterov.litgpt.data.windows import evenly_spaced
+from tests.experiments.plain_loop import shuffled
 
 WINDOW = 16
 RANDOM = {0: "588f3934bfcf8c61", 7: "9bb450d9da62c409"}

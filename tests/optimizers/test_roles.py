@@ -61,6 +61,7 @@ def test_roles_of_a_model_of_litgpts_blocks_with_other_names() -> None:
     assert len(found["hidden"]) == 2 * 4
 
 
+@pytest.mark.slow
 def test_roles_need_torch_alone() -> None:
     code = (
         "import sys; sys.modules['transformers'] = None; sys.modules['litgpt'] = None\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from lightning_ema_nesterov.optimizers import groups_by_role
 from tests.optimizers import shards_worker
 from tests.optimizers.tiny import OPTIMIZERS, TinyLM, train
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -29,9 +29,7 @@ whole_only = [name for name in OPTIMIZERS if name not in ("scale", "clipped_sgd"
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("shards")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     worker = Path(shards_worker.__file__)
     path = os.pathsep.join([str(worker.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}

@@ -20,7 +20,7 @@ from lightning_ema_nesterov.rules.ema import DIRECTION_KEY, SCALES_KEY
 from lightning_ema_nesterov.rules.ema_compressed import CompressedDirections
 from lightning_ema_nesterov.rules.make import Settings
 from tests.core import reference
-from tests.toys import adamw, equal, relative_error, sgd
+from tests.toys import HalfStep, adamw, equal, relative_error, sgd
 
 COMPRESSED = ("bfloat16", "int8")
 # A vector and a small matrix keep float32 in int8; 200 and 300 are no multiples of a block.
@@ -237,19 +237,6 @@ def test_parameters_without_gradient_and_skipped_steps_change_nothing(dtype: str
     lookahead.extrapolate()
     lookahead.skip()
     assert equal(stored(lookahead), before)
-
-
-class HalfStep(torch.optim.SGD):
-    """Steps the first parameter, then fails when told to."""
-
-    fails = False
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for idx, p in enumerate(self.param_groups[0]["params"]):
-            if self.fails and idx == 1:
-                raise MemoryError
-            p.add_(p.grad, alpha=-0.05)
 
 
 @pytest.mark.parametrize("dtype", COMPRESSED)

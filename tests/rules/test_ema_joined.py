@@ -23,6 +23,7 @@ from lightning_ema_nesterov.rules.ema import DIRECTION_KEY, EMADirections
 from lightning_ema_nesterov.rules.ema_joined import JoinedDirections
 from tests.core import reference
 from tests.toys import (
+    Manual,
     Toy,
     adamw,
     ema_nesterov,
@@ -220,18 +221,6 @@ class Watches(Callback):
 class Hooks(Toy):
     def on_before_zero_grad(self, optimizer: Optimizer) -> None:
         return None
-
-
-class Manual(Toy):
-    def __init__(self) -> None:
-        super().__init__(adamw)
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self(batch))
-        optimizer.step()
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,14 @@ def test_save_checkpoint_between_forward_and_backward_saves_the_iterate(
             assert equal(held, snapshot(self))
             return loss
 
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            seen.append(snapshot(self))  # a hook of the user's, while the checkpoint is made
+
+    seen: list[list[Tensor]] = []
     module, undisturbed = SavesInside(adamw), Toy(adamw)
     make_trainer(ema_nesterov(), max_steps=6).fit(module, loader(6))
     for step in range(6):
+        assert relative_error(seen[step], steps_of_one_batch[step]) < 1e-5
         weights = saved_weights(tmp_path / f"{step}.ckpt")
         assert relative_error(weights, steps_of_one_batch[step]) < 1e-5
     make_trainer(ema_nesterov(), max_steps=6).fit(undisturbed, loader(6))

@@ -28,9 +28,27 @@ __all__ = ["DoCoMAgent", "SAAgent", "StormAgent"]
 
 
 class _FSPDAAgent(Agent):
-    """What SA and STORM share: the disagreement with the neighbours of a round."""
+    """What SA and STORM share: three step sizes, the disagreement, a correction after the step."""
 
     num_points = 1  # how many points' values travel
+
+    def __init__(
+        self,
+        point: Tensor,
+        topology: Topology,
+        transport: PeerTransport,
+        share: float,
+        seed: int,
+        *,
+        consensus_step_size: float,
+        dual_step_size: float,
+        dual_growth: float,
+    ) -> None:
+        super().__init__(point, topology, transport, share, seed)
+        self.consensus_step_size = consensus_step_size
+        self.dual_step_size = dual_step_size
+        self.dual_growth = dual_growth
+        self._correction = torch.zeros(())
 
     def _disagreements(self, round_idx: int, points: list[Tensor]) -> list[Tensor]:
         edges = self.topology.active_edges(self.seed, round_idx)
@@ -52,6 +70,11 @@ class _FSPDAAgent(Agent):
         return totals
 
     @override
+    def finish(self, point: Tensor) -> Tensor:
+        correction, self._correction = self._correction, torch.zeros(())
+        return point - correction
+
+    @override
     def bytes_of_round(self, round_idx: int) -> int:
         num_edges = len(self.topology.active_edges(self.seed, round_idx))
         num_points = 1 if self.previous_point is None else self.num_points
@@ -68,17 +91,10 @@ class SAAgent(_FSPDAAgent):
         transport: PeerTransport,
         share: float,
         seed: int,
-        *,
-        consensus_step_size: float,
-        dual_step_size: float,
-        dual_growth: float,
+        **step_sizes: float,
     ) -> None:
-        super().__init__(point, topology, transport, share, seed)
-        self.consensus_step_size = consensus_step_size
-        self.dual_step_size = dual_step_size
-        self.dual_growth = dual_growth
+        super().__init__(point, topology, transport, share, seed, **step_sizes)
         self.duals = torch.zeros_like(point)
-        self._correction = torch.zeros(())
 
     @override
     def begin(self, step: Step) -> Tensor | None:
@@ -91,11 +107,6 @@ class SAAgent(_FSPDAAgent):
             dual_growth=self.dual_growth,
         )
         return None
-
-    @override
-    def finish(self, point: Tensor) -> Tensor:
-        correction, self._correction = self._correction, torch.zeros(())
-        return point - correction
 
     @override
     def tensors(self) -> dict[str, Tensor]:
@@ -115,20 +126,14 @@ class StormAgent(_FSPDAAgent):
         share: float,
         seed: int,
         *,
-        consensus_step_size: float,
-        dual_step_size: float,
-        dual_growth: float,
         primal_weight: float,
         dual_weight: float,
+        **step_sizes: float,
     ) -> None:
-        super().__init__(point, topology, transport, share, seed)
-        self.consensus_step_size = consensus_step_size
-        self.dual_step_size = dual_step_size
-        self.dual_growth = dual_growth
+        super().__init__(point, topology, transport, share, seed, **step_sizes)
         self.primal_weight = primal_weight
         self.dual_weight = dual_weight
         self.state = StormState.zeros_like(point)
-        self._correction = torch.zeros(())
 
     @override
     def begin(self, step: Step) -> Tensor | None:
@@ -150,11 +155,6 @@ class StormAgent(_FSPDAAgent):
         self._correction = displacement - step.gradient_step
         self.previous_point = step.point
         return None
-
-    @override
-    def finish(self, point: Tensor) -> Tensor:
-        correction, self._correction = self._correction, torch.zeros(())
-        return point - correction
 
     @override
     def tensors(self) -> dict[str, Tensor]:

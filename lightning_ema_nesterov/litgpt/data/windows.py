@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ __all__ = [
     "Windows",
     "evenly_spaced",
     "fixed_windows",
-    "shuffled",
 ]
 
 TokenArray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -89,19 +88,6 @@ class RandomWindows(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed)
         while True:
             yield int(torch.randint(self.num_windows, (), generator=generator))
-
-
-def shuffled(data: Tensor, *, window_size: int, num_windows: int, seed: int) -> Subset[Tensor]:
-    """Return the first windows of :class:`RandomWindows` in a text.
-
-    Args:
-        data: Bytes, ``uint8`` of shape ``(num_bytes,)``.
-        window_size: Inputs in a window.
-        num_windows: Windows to return.
-        seed: Seed of the order.
-    """
-    windows = Windows([data.numpy()], window_size)
-    return Subset(windows, list(islice(RandomWindows(windows, seed=seed), num_windows)))
 
 
 def evenly_spaced(data: Tensor, *, window_size: int, num_windows: int) -> Subset[Tensor]:

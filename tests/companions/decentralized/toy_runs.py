@@ -1,22 +1,19 @@
-"""Runs of the Trainer in several processes: what a process does, and how a test starts them.
-
-Run as a script, this file is one process; it reads its runs from a JSON file.
-"""
+"""Runs of the Trainer in several processes: what a process does, and how a test starts them."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.companions.decentralized import FSPDASA, FSPDASTORM, DoCoM
 from lightning_ema_nesterov.companions.decentralized.callback import DecentralizedCallback
+from tests.ports import free_port
 
 METHODS: dict[str, Callable[..., DecentralizedCallback]] = {
     "sa": FSPDASA,
@@ -263,47 +261,47 @@ def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 def spawn(
     folder: Path, num_processes: int, configs: list[dict[str, Any]]
-) -> list[subprocess.Popen[bytes]]:
-    """Start processes as ``torchrun`` would, without its agent: nobody ends the others for them."""
-    file = folder / f"{configs[0]['name']}-{num_processes}.json"
-    file.write_text(json.dumps(configs))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    folders = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
+) -> list[ForkServerProcess]:
+    """Start processes as ``torchrun`` would, without its agent: nobody ends the others for them.
+
+    They are forked from a server that has imported everything and started nothing.
+    """
     common = {
         "TORCHELASTIC_RUN_ID": "test",
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(folders),
+        "MASTER_PORT": str(free_port()),
     }
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     processes = []
     for rank in range(num_processes):
-        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with (folder / f"{rank}.log").open("wb") as output:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, __file__, str(file)],
-                    env=environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = context.Process(target=main, args=(folder, environment, configs))
+        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()}):
+            process.start()
+        processes.append(process)
     return processes
 
 
-def codes(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Return their exit codes; none may be left waiting."""
+def search_path() -> str:
+    folders = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")]
+    return os.pathsep.join(filter(None, folders))
+
+
+def codes(processes: list[ForkServerProcess]) -> list[int | None]:
+    """Return their exit codes, ``None`` after the timeout; none may be left waiting."""
     deadline = time.monotonic() + TIMEOUT_S
     try:
-        return [p.wait(max(0.0, deadline - time.monotonic())) for p in processes]
+        for p in processes:
+            p.join(max(0.0, deadline - time.monotonic()))
+        return [p.exitcode for p in processes]
     finally:
         for p in processes:
             p.kill()
+            p.join()
 
 
 def launch(
@@ -315,7 +313,7 @@ def launch(
         For each configuration, what each process returned.
     """
     ranks = range(num_processes)
-    failed = any(codes(spawn(folder, num_processes, configs)))
+    failed = any(code != 0 for code in codes(spawn(folder, num_processes, configs)))
     logs = [(folder / f"{rank}.log").read_text(errors="replace")[-4000:] for rank in ranks]
     assert not failed, "\n".join(logs)
     return [
@@ -342,21 +340,23 @@ def start_points(num_agents: int) -> Tensor:
     return vector.repeat(num_agents, 1)
 
 
-def main() -> None:
-    """Be one process."""
-    file = Path(sys.argv[1])
+def main(folder: Path, environment: dict[str, str], configs: list[dict[str, Any]]) -> None:
+    """Be one process: do the runs, and leave what each returned in the folder."""
+    rank = environment["RANK"]
+    with (folder / f"{rank}.log").open("wb") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    os.environ.update(environment)
     torch.set_num_threads(1)
+    code = 0
     try:
-        for options in json.loads(file.read_text()):
-            torch.manual_seed(int(os.environ["RANK"]))
-            result = run(file.parent, options)
-            torch.save(result, file.parent / f"{options['name']}.{os.environ['RANK']}.pt")
+        for options in configs:
+            torch.manual_seed(int(rank))
+            torch.save(run(folder, options), folder / f"{options['name']}.{rank}.pt")
     except BaseException:
         traceback.print_exc()
-        sys.stdout.flush()
-        # Without waiting for the others: one of them may be gone.
-        os._exit(1)
-
-
-if __name__ == "__main__":
-    main()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without waiting for the others: one of them may be gone.
+    os._exit(code)
