@@ -64,6 +64,8 @@ def benchmark(
 ) -> None:
     """Measure what the method costs, against a straightforward form, a plain copy and AdamW.
 
+    And what its average of the weights costs, against Lightning's EMAWeightAveraging.
+
     Args:
         num_elements: Elements of all parameters together: a number, or a list like '[1000, 2000]'.
         num_tensors: Parameters that they are split into; each number with each of num_elements
