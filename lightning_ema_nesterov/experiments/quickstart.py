@@ -12,6 +12,12 @@ from typing import Any
 
 import torch
 
+from lightning_ema_nesterov.experiments.average_curve import (
+    AVERAGE,
+    at_average,
+    average_watch,
+    in_words,
+)
 from lightning_ema_nesterov.experiments.study.check import check_study
 from lightning_ema_nesterov.experiments.study.claim import claim
 from lightning_ema_nesterov.experiments.study.compare import RUNS
@@ -35,6 +41,7 @@ __all__ = ["Settings", "make_study", "run_quickstart"]
 
 WINDOW_SIZE = 64
 NUM_VALIDATION_WINDOWS = 640
+NUM_VALIDATION_BATCHES = 5  # of TextWindows
 NUM_VALIDATIONS = 20
 RECIPES = [f"recipes/quickstart/{name}.yaml" for name in ("base", "ema_nesterov")]
 BASE, TREATED = "adamw", "ema_nesterov"
@@ -137,16 +144,19 @@ def run_quickstart(settings: Settings, *, out_dir: Path, text: Path | None = Non
     claim(study, run_dir)
     (run_dir / "split.json").write_text(json.dumps(split, indent=1))
     print(_introduction(settings, split, run_dir))
-    results = []
+    results: list[Result] = []
     for method in study.methods:
         run = Run(BASE, method, settings.lr, settings.seed)
         print(f"\n{_name(method)}: {settings.num_steps:,} optimizer steps")
         try:
-            train_run(study, run, run_dir / RUNS, is_watched=True)
+            watchers = average_watch(settings.ema_decay, NUM_VALIDATION_BATCHES)
+            watchers = watchers if method == TREATED else []
+            train_run(study, run, run_dir / RUNS, is_watched=True, watchers=watchers)
         except (KeyboardInterrupt, SystemExit):  # the latter is the Trainer's answer to Ctrl-C
             sys.exit(f"Stopped. Logs and checkpoints up to here: {run_dir}")
         results.append(read_event_folder(run_dir / RUNS / run.folder))
-    _report(settings, split, results, run_dir)
+    average = at_average(results[1], run_dir / RUNS / run.folder, settings.ema_decay)
+    _report(settings, split, results, average, run_dir)
     return run_dir
 
 
@@ -158,7 +168,8 @@ def _new_folder(out_dir: Path) -> Path:
 
 
 def _name(method: str) -> str:
-    return "AdamW" if method == BASELINE else "AdamW with EMA-Nesterov"
+    names = {BASELINE: "AdamW", TREATED: "AdamW with EMA-Nesterov"}
+    return names.get(method, method)
 
 
 def _introduction(settings: Settings, split: dict[str, Any], run_dir: Path) -> str:
@@ -176,7 +187,11 @@ def _introduction(settings: Settings, split: dict[str, Any], run_dir: Path) -> s
 
 
 def _report(
-    settings: Settings, split: dict[str, Any], results: list[Result], run_dir: Path
+    settings: Settings,
+    split: dict[str, Any],
+    results: list[Result],
+    average: Result | None,
+    run_dir: Path,
 ) -> None:
     baseline, treated = results
     reached = standings(results, BASE)[1].steps_to_target
@@ -203,11 +218,16 @@ def _report(
             for name, result in zip(("adamw", "adamw_ema_nesterov"), results, strict=True)
         },
     }
+    if average is not None:
+        losses = [[point.step, point.value] for point in average.val_loss]
+        record["val_loss"]["adamw_ema_nesterov_average"] = losses
     (run_dir / "results.json").write_text(json.dumps(record))
     curves = run_dir / "curves.png"
-    draw(curves, results, settings)
+    draw(curves, [*results, *([average] if average else [])], settings)
     print(f"\nValidation loss in nats per byte\n\n{_table(comparison)}\n")
     print(_in_words(comparison, settings))
+    if average is not None and math.isfinite(treated.final):
+        print(in_words(treated, average, round((1.0 - Study.lr_decay) * settings.num_steps)))
     print(f"\nCurves: {curves}\nLogs: {typed_command('tensorboard', '--logdir', run_dir)}")
     if all(map(Path.exists, map(Path, RECIPES))):
         options = [word for path in RECIPES for word in ("--config", path)]
@@ -219,7 +239,7 @@ def draw(path: Path, results: list[Result], settings: Settings) -> None:
 
     Args:
         path: PNG file.
-        results: Those of both runs, the baseline's first.
+        results: Those of both runs, the baseline's first; the second's at the average may follow.
         settings: What was trained.
     """
 
@@ -228,11 +248,13 @@ def draw(path: Path, results: list[Result], settings: Settings) -> None:
 
     found = [named(standing) for standing in standings(results, BASE)]
     styles = styles_of([BASELINE, TREATED])
+    styles[AVERAGE] = {**styles[TREATED], "linestyle": "--"}
     draw_curves(
         path,
         found,
         {_name(method): style for method, style in styles.items()},
         title=f"Quickstart, batch {settings.batch_size}, seed {settings.seed}",
+        shaded=found[1],
     )
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightning_ema_nesterov import attach_ema_nesterov
 from lightning_ema_nesterov.averages import average_checkpoint
-from tests.toys import Manual, Toy, adamw, ema_nesterov, loader, make_trainer
+from tests.toys import Manual, Toy, adamw, ema_nesterov, loader, make_trainer, snapshot
 
 MESSAGE = r"must be that of its last step, and EMA-Nesterov took {} of its {} optimizer steps"
 
@@ -63,6 +63,37 @@ def test_with_the_method_it_has_one_however_it_came_there(begun: Path, tmp_path:
     go_on(stale, again, with_method=True, num_epochs=3)  # begins anew there
     for source in (begun, tmp_path / "more.ckpt", again):
         average_checkpoint(source, tmp_path / f"average-{source.name}")
+
+
+class Average(Callback):
+    """The average of the iterates from the start of fit on, in float64."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.average = [x.double() for x in snapshot(pl_module)]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        pairs = zip(self.average, snapshot(pl_module), strict=True)
+        self.average = [0.9 * a + 0.1 * x.double() for a, x in pairs]
+
+
+def test_average_begins_where_the_method_does(tmp_path: Path) -> None:
+    """The way to begin it later: the first steps without the callback, the others with it."""
+    path, target = tmp_path / "x.ckpt", tmp_path / "average.ckpt"
+    first = make_trainer(max_epochs=1)
+    module = Toy(adamw)
+    first.fit(module, loader(12))
+    first.save_checkpoint(path)
+    average, module = Average(), Toy(adamw)
+    trainer = make_trainer([ema_nesterov(), average], max_epochs=2)
+    trainer.fit(module, loader(12), ckpt_path=path, weights_only=False)
+    trainer.save_checkpoint(path)
+    average_checkpoint(path, target)
+    made = torch.load(target, weights_only=False)["state_dict"]
+    for found, exact, x in zip(made.values(), average.average, snapshot(module), strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-7)
+        assert (x - exact).norm() > 1e-2 * exact.norm()
 
 
 class TwiceTheFirst(Manual):

@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,14 @@ from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
 __all__ = ["train_run"]
 
 
-def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -> None:
+def train_run(
+    study: Study,
+    run: Run,
+    root: Path,
+    *,
+    is_watched: bool = False,
+    watchers: Sequence[Callback] = (),
+) -> None:
     """Train one run of a study and write its event file.
 
     A run whose loss is not finite ends there, and says so in the event file.
@@ -46,6 +53,7 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
         root: Folder below which the run's folder is made; what is there of it is replaced.
         is_watched: Whether somebody waits for this run: it shows its progress and keeps
             checkpoints, at each validation, after an exception and at the end.
+        watchers: Callbacks of this run alone, which do not change what it trains.
     """
     torch.set_num_threads(study.num_threads)
     folder = root / run.folder
@@ -56,7 +64,7 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
     # Other processes on the machine do not count for a run on its CPU.
     watch = _Watch(time.process_time if study.accelerator == "cpu" else time.perf_counter)
     method = study.methods[run.method]
-    callbacks = [watch, *(_build(spec, "callbacks") for spec in study.callbacks)]
+    callbacks = [watch, *(_build(spec, "callbacks") for spec in study.callbacks), *watchers]
     if method.class_path is not None:
         callbacks.append(find_class(method.class_path, "methods")(**method.init_args))
     with without_advice():
