@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -62,6 +63,8 @@ def benchmark(
     out: Path = Path("out/benchmark.json"),
 ) -> None:
     """Measure what the method costs, against a straightforward form, a plain copy and AdamW.
+
+    And what its average of the weights costs, against Lightning's EMAWeightAveraging.
 
     Args:
         num_elements: Elements of all parameters together: a number, or a list like '[1000, 2000]'.
@@ -169,9 +172,27 @@ def _pretrain(arguments: list[str]) -> None:
     launch(arguments)
 
 
+def _average(arguments: list[str]) -> None:
+    """Read the arguments of :func:`average` without a package that an extra installs."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(2, f"ema-nesterov: {message}\nOptions: {self.prog} --help\n")
+
+    summary, _, described = (average.__doc__ or "").partition("Args:")
+    texts = dict(re.findall(r"(\w+): ((?:.|\n {12})+)", described))
+    parser = Parser(prog="ema-nesterov average", description=summary)
+    for name, kind in (("source", Path), ("target", Path)):
+        parser.add_argument(name, type=kind, help=" ".join(texts[name].split()))
+    parser.add_argument(
+        "--share", type=float, default=1.0, help=" ".join(texts["share"].split()) + " (default: 1)"
+    )
+    average(**vars(parser.parse_args(arguments)))
+
+
 _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "quickstart": (quickstart, "quickstart"),
-    "average": (average, "litgpt"),
+    "average": (average, "litgpt"),  # listed here; on its own it needs none
     "compare": (compare, "study"),
     "report": (report, "study"),
     "convex": (convex, "litgpt"),
@@ -249,7 +270,10 @@ def main() -> None:
         print(f"ema-nesterov {__version__}")
     else:
         try:
-            _run(arguments)
+            if arguments[:1] == ["average"]:
+                _average(arguments[1:])
+            else:
+                _run(arguments)
         except (FileExistsError, FileNotFoundError, ValueError) as error:
             sys.exit(f"ema-nesterov: {' '.join(str(error).split())}")
 

@@ -52,8 +52,9 @@ WORKING = [
     Case(tuple(PLOTS_AND_LOGS), ("convex", "--out", "convex.jsonl")),
 ]
 VERSION = Case(("jsonargparse",), ("--version",))
+AVERAGE = Case(("jsonargparse", *PLOTS_AND_LOGS), ("average", "nowhere", "target"))
 BROKEN = Case(("lightning_ema_nesterov.experiments.tables",), tuple(BENCHMARK))
-CASES = [*MISSING, *WORKING, VERSION, BROKEN]
+CASES = [*MISSING, *WORKING, VERSION, AVERAGE, BROKEN]
 
 # One process imports what is always there, and each case is a fork of it.
 SCRIPT = """
@@ -133,6 +134,13 @@ def test_benchmark_and_convex_need_no_packages_for_plots_and_logs(
     assert found.code == 0, found.error
     assert "Figures: " in found.output
     assert found.files
+
+
+@pytest.mark.slow
+def test_average_needs_no_extra(outcomes: dict[Case, Outcome]) -> None:
+    found = outcomes[AVERAGE]
+    said = "ema-nesterov: source must be a checkpoint, and nowhere does not exist.\n"
+    assert (found.code, found.error) == (1, said)
 
 
 @pytest.mark.slow

@@ -44,6 +44,38 @@ def test_average_is_written(
     assert torch.load(target, weights_only=True)["model"]["weight"].item() == weight
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a.pt",), "the following arguments are required: target"),
+        (("a.pt", "b.pt", "--share", "all"), "argument --share: invalid float value: 'all'"),
+        (("a.pt", "b.pt", "--shrae", "1"), "unrecognized arguments: --shrae 1"),
+    ],
+)
+def test_wrong_options_are_named(
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, *arguments)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        f"ema-nesterov: {message}\nOptions: ema-nesterov average --help\n"
+    )
+
+
+def test_help_says_what_the_function_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--help")
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("a lit_model.pth of LitGPT", "File to write.", "from the last weights to their"):
+        assert part in said
+
+
 def test_errors_are_one_line_and_nothing_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

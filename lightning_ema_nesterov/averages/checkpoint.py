@@ -69,7 +69,8 @@ def average_checkpoint(source: str | Path, target: str | Path, share: float = 1.
         FileExistsError: If ``target`` exists.
         FileNotFoundError: If ``source`` does not exist.
         ValueError: If ``share`` is out of its range, if ``source`` is no whole checkpoint, or was
-            made without EMA-Nesterov. Nothing is written then.
+            made without EMA-Nesterov, or by the Trainer in a run that went on without it. Nothing
+            is written then.
     """
     source, target = Path(source), Path(target)
     check_share("share", share)
@@ -100,6 +101,7 @@ def _of_file(source: Path, share: float) -> dict[str, Any]:
         raise ValueError(f"source must be a checkpoint, and {source} holds a {type(checkpoint)}.")
     directions = directions_in_file(checkpoint)
     if "optimizer_states" in checkpoint:  # of the Trainer
+        directions.check_are_current(checkpoint)
         # WeightAveraging of Lightning has its own average where the iterate would be.
         weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
         return _as_ckpt(_average(weights, weights.__getitem__, directions, share), checkpoint)
@@ -153,6 +155,7 @@ def _of_folder(source: Path, share: float) -> dict[str, Any]:
         raise ValueError(
             f"source must be a whole checkpoint, and {source} has no meta.pt of the Trainer."
         )
+    directions.check_are_current(meta)
     averaged = _average(shapes, read, directions, share)
     return _as_ckpt(averaged, meta) if _VERSION_KEY in meta else averaged
 

@@ -60,10 +60,11 @@ class Evaluation:
             checkpoint: What was loaded of it; the whole unless it is a distributed one.
 
         Raises:
-            ValueError: If it holds no average, or its weights are not the iterate.
+            ValueError: If it holds no average, one of an earlier step, or its weights are not the
+                iterate.
         """
         if Folder.is_at(path):
-            self._saved = directions_in_folder(Folder(path))
+            saved = directions_in_folder(Folder(path))
         elif "current_model_state" in checkpoint:
             raise ValueError(
                 "evaluate_at='average' must go without WeightAveraging of Lightning, whose average "
@@ -71,7 +72,9 @@ class Evaluation:
                 "one, or write the other with `ema-nesterov average`."
             )
         else:
-            self._saved = directions_in_file(checkpoint)
+            saved = directions_in_file(checkpoint)
+        saved.check_are_current(checkpoint)
+        self._saved = saved
 
     def enter(self, module: nn.Module, training: Sequence[Lookahead]) -> bool:
         """Move the parameters to the average.

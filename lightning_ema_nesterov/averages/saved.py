@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_ema_nesterov.averages.folder import Folder
-from lightning_ema_nesterov.core.progress import DECAY_KEY, NAMES_KEY, plain_name
+from lightning_ema_nesterov.core.progress import DECAY_KEY, NAMES_KEY, STEP_KEY, plain_name
 from lightning_ema_nesterov.rules.codecs import Int8
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY, SCALES_KEY
 
@@ -18,7 +18,36 @@ __all__ = ["SavedDirections", "directions_in_file", "directions_in_folder"]
 
 
 class SavedDirections(ABC):
-    """The EMA directions of a checkpoint, by the plain names of their parameters."""
+    """The EMA directions of a checkpoint, by the plain names of their parameters.
+
+    Args:
+        steps: Steps that each optimizer took with the method; 0 for one without it.
+    """
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self._steps = steps
+
+    def check_are_current(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise where a run of the Trainer went on without the method after its last step with it.
+
+        Args:
+            checkpoint: What the Trainer saved beside the weights; nothing is checked elsewhere.
+
+        Raises:
+            ValueError: If it did: the directions are those of an earlier step.
+        """
+        global_step = checkpoint.get("global_step")
+        if not isinstance(global_step, int) or _counts_skipped_steps(checkpoint):
+            return
+        # In manual optimization that is the sum over all optimizers; a run that was begun without
+        # the method counts an equal part of it for each.
+        if sum(self._steps) < global_step - (len(self._steps) - 1):
+            raise ValueError(
+                "The direction in a checkpoint must be that of its last step, and EMA-Nesterov took"
+                f" {sum(self._steps):,} of its {global_step:,} optimizer steps: the run went on "
+                "without the method. Use a checkpoint from before that, or continue this one with "
+                "EMANesterov, whose average then starts anew."
+            )
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -32,8 +61,20 @@ class SavedDirections(ABC):
         """
 
 
+def _counts_skipped_steps(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether the Trainer counted steps that GradScaler skipped and the method did not."""
+    epoch_loop = "epoch_loop.manual_optimization.optim_step_progress"
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get(epoch_loop, {})
+    is_manual = progress.get("total", {}).get("completed", 0) > 0
+    parts = [part for part in checkpoint.values() if isinstance(part, Mapping)]
+    return is_manual and any("growth_factor" in part for part in parts)
+
+
 class _InFile(SavedDirections):
-    def __init__(self, states: Mapping[str, tuple[Mapping[str, Tensor], float]]) -> None:
+    def __init__(
+        self, states: Mapping[str, tuple[Mapping[str, Tensor], float]], steps: Sequence[int]
+    ) -> None:
+        super().__init__(steps)
         self._states = states
 
     def names(self) -> list[str]:
@@ -45,7 +86,13 @@ class _InFile(SavedDirections):
 
 
 class _InFolder(SavedDirections):
-    def __init__(self, folder: Folder, entries: Mapping[str, tuple[list[str], float]]) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        entries: Mapping[str, tuple[list[str], float]],
+        steps: Sequence[int],
+    ) -> None:
+        super().__init__(steps)
         self._folder = folder
         self._entries = entries
 
@@ -74,7 +121,9 @@ def directions_in_file(checkpoint: Mapping[str, Any]) -> SavedDirections:
         ValueError: If none was made with EMA-Nesterov, or the names of parameters are not saved.
     """
     found: dict[str, tuple[Mapping[str, Tensor], float]] = {}
+    steps = []
     for optimizer in _optimizer_states(checkpoint):
+        steps.append(max(0, int(optimizer["param_groups"][0].get(STEP_KEY, 0))))
         known = {key: (name, decay) for key, name, decay in _params_of(optimizer["param_groups"])}
         for key, state in optimizer["state"].items():
             if DIRECTION_KEY in state:
@@ -86,7 +135,7 @@ def directions_in_file(checkpoint: Mapping[str, Any]) -> SavedDirections:
             "The checkpoint must be made with EMA-Nesterov, and no optimizer state in it holds "
             f"{DIRECTION_KEY}."
         )
-    return _InFile(found)
+    return _InFile(found, steps)
 
 
 def _check_known(name: str, decay: float | None) -> None:
@@ -95,7 +144,8 @@ def _check_known(name: str, decay: float | None) -> None:
             "The checkpoint must hold the decay and the names of the parameters, and "
             f"{DECAY_KEY if decay is None else NAMES_KEY} is missing: it was made by an older "
             "version, or the module that was attached to does not own all parameters of the "
-            "optimizer. Continue the run for one step and save again."
+            "optimizer. Continue the run for one step and save again, in a loop of your own with "
+            "get_optimizer_state_dict() of torch, which saves names."
         )
 
 
@@ -131,12 +181,18 @@ def directions_in_folder(folder: Folder) -> SavedDirections:
         ValueError: If it was not made with EMA-Nesterov, or its decay is not saved.
     """
     found: dict[str, tuple[list[str], float]] = {}
+    steps = []
     for start in folder.optimizers:
         first, last = f"{start}state.", f".{DIRECTION_KEY}"
         keys = [key for key in folder.entries if key.startswith(first) and key.endswith(last)]
         decay = _decay_of(folder, start) if keys else 0.0
+        numbered = _names_of_numbers(folder, start) if keys else {}
+        steps.append(max([0, *_values_of_groups(folder, start, STEP_KEY)]))
         for key in keys:
             name = plain_name(key.removeprefix(first).removesuffix(last))
+            if numbered:
+                name = numbered.get(name, "")
+                _check_known(name, decay)
             scales = key.removesuffix(DIRECTION_KEY) + SCALES_KEY
             found[name] = [key, *([scales] if scales in folder.entries else [])], decay
     if not found:
@@ -144,14 +200,12 @@ def directions_in_folder(folder: Folder) -> SavedDirections:
             f"The checkpoint must be made with EMA-Nesterov, and {folder.path} holds no "
             f"{DIRECTION_KEY}."
         )
-    return _InFolder(folder, found)
+    return _InFolder(folder, found, steps)
 
 
 def _decay_of(folder: Folder, start: str) -> float:
     """Return the decay of the optimizers whose entries begin alike."""
-    first, last = f"{start}param_groups.", f".{DECAY_KEY}"
-    keys = [key for key in folder.entries if key.startswith(first) and key.endswith(last)]
-    decays = {float(decay) for decay in folder.load(keys).values()} if keys else set()
+    decays = set(map(float, _values_of_groups(folder, start, DECAY_KEY)))
     _check_known("known", min(decays, default=None))
     if len(decays) > 1:
         raise ValueError(
@@ -160,3 +214,32 @@ def _decay_of(folder: Folder, start: str) -> float:
             "its own."
         )
     return decays.pop()
+
+
+def _names_of_numbers(folder: Folder, start: str) -> dict[str, str]:
+    """Return the names of parameters that the optimizer's own ``state_dict()`` has numbered.
+
+    Empty for a checkpoint that names them itself.
+    """
+    found: dict[str, str] = {}
+    for key in _keys_of_groups(folder, start, "params"):
+        numbers = folder.load([key])[key]
+        if isinstance(numbers, list) and all(isinstance(number, int) for number in numbers):
+            names_key = key.removesuffix("params") + NAMES_KEY
+            saved = folder.load([names_key])[names_key] if names_key in folder.entries else ""
+            names = saved.split("\n")
+            if len(names) != len(numbers):
+                names = [""] * len(numbers)
+            found.update(zip(map(str, numbers), names, strict=True))
+    return found
+
+
+def _keys_of_groups(folder: Folder, start: str, option: str) -> list[str]:
+    first, last = f"{start}param_groups.", f".{option}"
+    return [key for key in folder.entries if key.startswith(first) and key.endswith(last)]
+
+
+def _values_of_groups(folder: Folder, start: str, option: str) -> list[Any]:
+    """Return an option of all parameter groups that have it."""
+    keys = _keys_of_groups(folder, start, option)
+    return list(folder.load(keys).values()) if keys else []

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ema_nesterov.core.equations import extrapolate_, retract_
+from lightning_ema_nesterov.core.equations import extrapolate_
 from lightning_ema_nesterov.core.metrics import StepMetrics
+from lightning_ema_nesterov.core.narrow import (
+    extrapolate_reversibly_,
+    is_narrow,
+    retract_exactly_,
+)
 from lightning_ema_nesterov.core.sharding import Sharding, local
 from lightning_ema_nesterov.core.state_store import StateStore, wide_dtype
 
@@ -83,6 +89,8 @@ class LookaheadRule(ABC):
 
     def __init__(self, base_optimizer: Optimizer) -> None:
         self.store = StateStore(base_optimizer, self.keys, self.loadable_keys)
+        # Of parameters with few digits: which elements the last extrapolation did not move.
+        self._stays: dict[Tensor, list[Tensor]] = {}
 
     @property
     def base_optimizer(self) -> Optimizer:
@@ -151,13 +159,54 @@ class LookaheadRule(ABC):
             params: Parameters at their iterates, which have their tensors.
             step_size: Their step size, not 0.
         """
-        extrapolate_(local(params), local(self.store.column(params)), step_size=step_size)
+        wide = [p for p in params if not is_narrow(p)]
+        self.add_directions(wide, wide, step_size)
+        for p in params:
+            if is_narrow(p):
+                pieces = self.pieces(p, p.detach())
+                self._stays[p] = [
+                    extrapolate_reversibly_(x, m, step_size=step_size) for x, m in pieces
+                ]
 
     def retract(self, params: list[Tensor], step_size: float) -> None:
         """Undo :meth:`extrapolate`, where no step follows."""
         # `.data` hides the change from autograd: after a look the tensors it saved are as before.
-        points = local(p.data for p in params)
-        retract_(points, local(self.store.column(params)), step_size=step_size)
+        wide = [p for p in params if not is_narrow(p)]
+        self.add_directions(wide, [p.data for p in wide], -step_size)
+        for p in params:
+            if is_narrow(p):
+                self._retract_narrow(p, p.data, step_size)
+
+    def iterate_of(self, p: Tensor, step_size: float) -> Tensor:
+        """Return a copy of a parameter at its iterate, while it is at its lookahead point.
+
+        Args:
+            p: The parameter.
+            step_size: The step size with which it was moved; 0 where it was not.
+        """
+        iterate = p.detach().clone()
+        if step_size and is_narrow(p):
+            self._retract_narrow(p, iterate, step_size)
+        elif step_size:
+            self.add_directions([p], [iterate], -step_size)
+        return iterate
+
+    @torch.no_grad()
+    def add_directions(
+        self, params: Sequence[Tensor], points: Sequence[Tensor], factor: float
+    ) -> None:
+        """Add a multiple of the directions of parameters to points, in place."""
+        extrapolate_(local(points), local(self.store.column(params)), step_size=factor)
+
+    def pieces(self, p: Tensor, point: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a point and the direction of a parameter, as this process holds them, in parts."""
+        yield local([point])[0], self.read_direction(p)
+
+    def _retract_narrow(self, p: Tensor, point: Tensor, step_size: float) -> None:
+        pieces = list(self.pieces(p, point))
+        stays = self._stays.get(p, [None] * len(pieces))
+        for (y, m), stay in zip(pieces, stays, strict=True):
+            retract_exactly_(y, m, stay, step_size=step_size)
 
     def read_direction(self, p: Tensor) -> Tensor:
         """Return the part of a parameter's direction that this process holds."""

@@ -145,7 +145,8 @@ class AtAverage:
         sharding.reshard()
         self._put_back = rule.put_aside(params)
         if distance:
-            rule.retract(params, distance)
+            # `.data` hides the change from autograd, as in a look at the iterate.
+            rule.add_directions(params, [p.data for p in params], -distance)
 
     def leave(self) -> None:
         """Return to the iterate, bit for bit."""

@@ -16,7 +16,11 @@ from lightning_ema_nesterov.experiments.study.check import check_study
 from lightning_ema_nesterov.experiments.study.claim import claim
 from lightning_ema_nesterov.experiments.study.compare import RUNS
 from lightning_ema_nesterov.experiments.study.figures import draw_curves, styles_of
-from lightning_ema_nesterov.experiments.study.results import Result, read_event_folder
+from lightning_ema_nesterov.experiments.study.results import (
+    Result,
+    read_event_folder,
+    with_averages,
+)
 from lightning_ema_nesterov.experiments.study.spec import (
     BASELINE,
     BaseOptimizer,
@@ -25,7 +29,7 @@ from lightning_ema_nesterov.experiments.study.spec import (
     Run,
     Study,
 )
-from lightning_ema_nesterov.experiments.study.tables import Standing, standings
+from lightning_ema_nesterov.experiments.study.tables import standings
 from lightning_ema_nesterov.experiments.study.train import train_run
 from lightning_ema_nesterov.experiments.tables import format_table
 from lightning_ema_nesterov.experiments.typed_commands import typed_command
@@ -38,6 +42,8 @@ NUM_VALIDATION_WINDOWS = 640
 NUM_VALIDATIONS = 20
 RECIPES = [f"recipes/quickstart/{name}.yaml" for name in ("base", "ema_nesterov")]
 BASE, TREATED = "adamw", "ema_nesterov"
+AVERAGE = f"{TREATED} @ 1"  # as a study names it
+_RECORDED = ("adamw", "adamw_ema_nesterov", "adamw_ema_nesterov_average")
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,7 @@ def make_study(settings: Settings, text: Path | None = None) -> Study:
         },
         methods={BASELINE: MethodSpec(), TREATED: MethodSpec("EMANesterov", method)},
         seeds=[settings.seed],
+        average_shares=[1.0] if settings.ema_decay else [],
         callbacks=[ClassSpec(lr_monitor, {"logging_interval": "step"})],
         num_threads=settings.num_threads,
     )
@@ -137,7 +144,7 @@ def run_quickstart(settings: Settings, *, out_dir: Path, text: Path | None = Non
     claim(study, run_dir)
     (run_dir / "split.json").write_text(json.dumps(split, indent=1))
     print(_introduction(settings, split, run_dir))
-    results = []
+    results: list[Result] = []
     for method in study.methods:
         run = Run(BASE, method, settings.lr, settings.seed)
         print(f"\n{_name(method)}: {settings.num_steps:,} optimizer steps")
@@ -146,7 +153,7 @@ def run_quickstart(settings: Settings, *, out_dir: Path, text: Path | None = Non
         except (KeyboardInterrupt, SystemExit):  # the latter is the Trainer's answer to Ctrl-C
             sys.exit(f"Stopped. Logs and checkpoints up to here: {run_dir}")
         results.append(read_event_folder(run_dir / RUNS / run.folder))
-    _report(settings, split, results, run_dir)
+    _report(settings, split, with_averages(results), run_dir)
     return run_dir
 
 
@@ -158,7 +165,12 @@ def _new_folder(out_dir: Path) -> Path:
 
 
 def _name(method: str) -> str:
-    return "AdamW" if method == BASELINE else "AdamW with EMA-Nesterov"
+    names = {
+        BASELINE: "AdamW",
+        TREATED: "AdamW with EMA-Nesterov",
+        AVERAGE: "average of its weights",
+    }
+    return names.get(method, method)
 
 
 def _introduction(settings: Settings, split: dict[str, Any], run_dir: Path) -> str:
@@ -176,9 +188,12 @@ def _introduction(settings: Settings, split: dict[str, Any], run_dir: Path) -> s
 
 
 def _report(
-    settings: Settings, split: dict[str, Any], results: list[Result], run_dir: Path
+    settings: Settings,
+    split: dict[str, Any],
+    results: list[Result],
+    run_dir: Path,
 ) -> None:
-    baseline, treated = results
+    baseline, treated, *averages = results
     reached = standings(results, BASE)[1].steps_to_target
     seconds = next((p.seconds for p in treated.val_loss if p.step == reached), None)
     comparison = {
@@ -200,39 +215,32 @@ def _report(
         "comparison": comparison,
         "val_loss": {
             name: [[point.step, point.value] for point in result.val_loss]
-            for name, result in zip(("adamw", "adamw_ema_nesterov"), results, strict=True)
+            for name, result in zip(_RECORDED, results, strict=False)
         },
     }
     (run_dir / "results.json").write_text(json.dumps(record))
     curves = run_dir / "curves.png"
-    draw(curves, results, settings)
+    _draw(curves, results, settings)
     print(f"\nValidation loss in nats per byte\n\n{_table(comparison)}\n")
     print(_in_words(comparison, settings))
+    if averages and math.isfinite(treated.final):
+        print(_average_in_words(treated, averages[0], settings.num_steps))
     print(f"\nCurves: {curves}\nLogs: {typed_command('tensorboard', '--logdir', run_dir)}")
     if all(map(Path.exists, map(Path, RECIPES))):
         options = [word for path in RECIPES for word in ("--config", path)]
         print(f"A larger model with LitGPT: {typed_command('litgpt', 'pretrain', *options)}")
 
 
-def draw(path: Path, results: list[Result], settings: Settings) -> None:
-    """Draw both curves and their difference; the steps that look ahead are shaded.
-
-    Args:
-        path: PNG file.
-        results: Those of both runs, the baseline's first.
-        settings: What was trained.
-    """
-
-    def named(standing: Standing) -> Standing:
-        return dataclasses.replace(standing, method=_name(standing.method))
-
-    found = [named(standing) for standing in standings(results, BASE)]
+def _draw(path: Path, results: list[Result], settings: Settings) -> None:
+    found = [dataclasses.replace(s, method=_name(s.method)) for s in standings(results, BASE)]
     styles = styles_of([BASELINE, TREATED])
+    styles[AVERAGE] = {**styles[TREATED], "linestyle": "--"}
     draw_curves(
         path,
         found,
         {_name(method): style for method, style in styles.items()},
         title=f"Quickstart, batch {settings.batch_size}, seed {settings.seed}",
+        shaded=found[1],
     )
 
 
@@ -254,6 +262,19 @@ def _table(comparison: dict[str, Any]) -> str:
                 c["seconds_to_baseline_final"],
             ),
         ]
+    )
+
+
+def _average_in_words(treated: Result, average: Result, num_steps: int) -> str:
+    last_flat_step = round((1.0 - Study.lr_decay) * num_steps)
+    pairs = zip(treated.val_loss, average.val_loss, strict=False)
+    before = [(x, a) for x, a in pairs if x.step <= last_flat_step]
+    if not before:
+        return ""
+    at_x, at_average = before[-1]
+    return (
+        f"At step {at_x.step:,}, before the learning rate falls, its loss is {at_x.value:.4f} at "
+        f"the weights and {at_average.value:.4f} at their average."
     )
 
 

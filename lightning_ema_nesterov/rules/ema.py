@@ -16,6 +16,7 @@ from lightning_ema_nesterov.core.equations import (
     fold_decay,
 )
 from lightning_ema_nesterov.core.metrics import StepMetrics, sums_of_step
+from lightning_ema_nesterov.core.narrow import is_narrow, retract_exactly_
 from lightning_ema_nesterov.core.rule import Fold, LookaheadRule, largest_step_size
 from lightning_ema_nesterov.core.sharding import Sharding, local
 from lightning_ema_nesterov.core.state_store import wide_dtype
@@ -66,13 +67,32 @@ class EMADirections(LookaheadRule):
         known = [p for p in params if self.store.has(p)]
         new = [p for p in params if not self.store.has(p)]
         buffers = self.store.column(known)
-        # A fold with next to nothing of the direction in it could not give it back.
-        is_kept = is_measured or abs(fold_decay(self.ema_decay, step_size)) < _LEAST_DECAY
-        kept: list[Tensor | None] = [m.clone() if is_kept else None for m in buffers]
-        begin_update_(local(buffers), local(known), ema_decay=self.ema_decay, step_size=step_size)
+        kept: list[Tensor | None] = [
+            m.clone() if is_measured or self._gives_nothing_back(p, step_size) else None
+            for p, m in zip(known, buffers, strict=True)
+        ]
+        self._fold(known, buffers, step_size)
         # m_0 = 0: the fold of a new direction needs the iterate alone.
         buffers += [p.detach().to(wide_dtype(p)).mul(self.ema_decay - 1.0) for p in new]
         return Fold(known + new, step_size, buffers, [*kept, *[None] * len(new)])
+
+    def _gives_nothing_back(self, p: Tensor, step_size: float) -> bool:
+        """Return whether a fold has next to nothing of the direction in it."""
+        decay = fold_decay(self.ema_decay, step_size)
+        return min(abs(decay), self.ema_decay if is_narrow(p) else 1.0) < _LEAST_DECAY
+
+    def _fold(self, params: list[Tensor], directions: list[Tensor], step_size: float) -> None:
+        pairs = list(zip(params, directions, strict=True))
+        for p, m in pairs:
+            if is_narrow(p):  # y was rounded, and beta m is not its distance from x
+                x = self.iterate_of(p, step_size)
+                begin_update_(local([m]), local([x]), ema_decay=self.ema_decay, step_size=0.0)
+        begin_update_(
+            local(m for p, m in pairs if not is_narrow(p)),
+            local(p for p, _ in pairs if not is_narrow(p)),
+            ema_decay=self.ema_decay,
+            step_size=step_size,
+        )
 
     @override
     def finish(self, fold: Fold, *, step_idx: int) -> None:
@@ -85,12 +105,29 @@ class EMADirections(LookaheadRule):
             if kept is not None:
                 buffer.copy_(kept)
         folded = [(p, buffer) for p, buffer, kept in rows if kept is None]
+        for p, b in folded:
+            if is_narrow(p):
+                x = self._iterate_in_fold(p, b, fold.step_size)
+                cancel_update_(local([b]), local([x]), ema_decay=self.ema_decay, step_size=0.0)
         cancel_update_(
-            local(buffer for _, buffer in folded),
-            local(p for p, _ in folded),
+            local(b for p, b in folded if not is_narrow(p)),
+            local(p for p, _ in folded if not is_narrow(p)),
             ema_decay=self.ema_decay,
             step_size=fold.step_size,
         )
+
+    @torch.no_grad()
+    def _iterate_in_fold(self, p: Tensor, fold: Tensor, step_size: float) -> Tensor:
+        """Return the iterate of a narrow parameter that is at its lookahead point."""
+        # From b = gamma m - (1 - gamma) x and y = x + beta m: the direction in which to go back,
+        # as m itself would, is (b + (1 - gamma) y) / (gamma + (1 - gamma) beta).
+        m = fold.clone()
+        cancel_update_(local([m]), local([p]), ema_decay=self.ema_decay, step_size=step_size)
+        x = p.detach().clone()
+        [stays] = self._stays.get(p, [None])
+        [point, direction] = local([x, m])
+        retract_exactly_(point, direction, stays, step_size=step_size)
+        return x
 
     def _finish(self, params: list[Tensor], buffers: list[Tensor]) -> None:
         finish_update_(local(buffers), local(params), ema_decay=self.ema_decay)

@@ -4,6 +4,8 @@ The fold needs float32. Here a copy of the lookahead point is kept while the bas
 
 .. math:: m_{t+1} = (\gamma + (1 - \gamma)\beta_t)\, m_t + (1 - \gamma)(x_{t+1} - y_t)
 
+For parameters below float32 it is a copy of the iterate, and the formula that of
+:math:`\beta_t = 0`: their lookahead point is rounded.
 It is done in blocks that fit in a cache, so that no float32 direction exists as a whole.
 """
 
@@ -18,6 +20,7 @@ from typing_extensions import override
 
 from lightning_ema_nesterov.core.equations import fold_decay
 from lightning_ema_nesterov.core.metrics import StepMetrics, row_of_step
+from lightning_ema_nesterov.core.narrow import is_narrow
 from lightning_ema_nesterov.core.rule import Fold, LookaheadRule, largest_step_size
 from lightning_ema_nesterov.core.sharding import Sharding, local
 from lightning_ema_nesterov.rules.codecs import Codec, Int8, codec_for, read_any
@@ -63,8 +66,12 @@ class CompressedDirections(LookaheadRule):
 
     @override
     def begin(self, params: list[Tensor], step_size: float, *, is_measured: bool) -> Fold:
-        buffers = [p.detach().clone() for p in params]
-        is_kept = [is_measured and self.store.has(p) for p in params]
+        has = self.store.has
+        buffers = [
+            self.iterate_of(p, step_size) if is_narrow(p) and has(p) else p.detach().clone()
+            for p in params
+        ]
+        is_kept = [is_measured and has(p) for p in params]
         kept = [
             self.read_direction(p).clone() if keep else None
             for p, keep in zip(params, is_kept, strict=True)
@@ -74,10 +81,10 @@ class CompressedDirections(LookaheadRule):
     @override
     @torch.no_grad()
     def finish(self, fold: Fold, *, step_idx: int) -> None:
-        decay = fold_decay(self.ema_decay, fold.step_size)
         places = self._places()
         for p, y in zip(fold.params, fold.buffers, strict=True):
             codec = self.codec(p)
+            decay = fold_decay(self.ema_decay, _distance_in_fold(p, fold))
             if not self.store.has(p):
                 self.store.put(p, self.make_state(p))
             blocks = _blocks(codec, [p.detach(), y, *self.store.tensors([p])])
@@ -92,14 +99,6 @@ class CompressedDirections(LookaheadRule):
         self._noise = None
 
     @override
-    def extrapolate(self, params: list[Tensor], step_size: float) -> None:
-        self._add_directions(params, params, step_size)
-
-    @override
-    def retract(self, params: list[Tensor], step_size: float) -> None:
-        self._add_directions(params, [p.data for p in params], -step_size)
-
-    @override
     @torch.no_grad()
     def measure(self, folds: list[Fold], sharding: Sharding) -> StepMetrics:
         """Measure a finished step; the only communication, where parameters are sharded."""
@@ -110,7 +109,7 @@ class CompressedDirections(LookaheadRule):
                 [x_next, y] = local([p.detach(), y])
                 after = self.read_direction(p)
                 before = torch.zeros_like(after) if m is None else m
-                moved = (x_next - y).to(after.dtype).add_(before, alpha=fold.step_size)
+                moved = (x_next - y).to(after.dtype).add_(before, alpha=_distance_in_fold(p, fold))
                 rows.append(row_of_step(before, after, moved))
         sums = torch.stack(rows) if rows else torch.zeros(0, 4)
         sums = sharding.sum_over_shards(params, sums)
@@ -147,14 +146,20 @@ class CompressedDirections(LookaheadRule):
                 f"{self.direction_dtype!r}: it was made with {made}."
             )
 
+    @override
     @torch.no_grad()
-    def _add_directions(
+    def add_directions(
         self, params: Sequence[Tensor], points: Sequence[Tensor], factor: float
     ) -> None:
         for p, point in zip(params, points, strict=True):
-            codec = self.codec(p)
-            for x, *stored in _blocks(codec, [point.detach(), *self.store.tensors([p])]):
-                x.add_(codec.read(stored), alpha=factor)
+            for x, m in self.pieces(p, point.detach()):
+                x.add_(m, alpha=factor)
+
+    @override
+    def pieces(self, p: Tensor, point: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        codec = self.codec(p)
+        for x, *stored in _blocks(codec, [point, *self.store.tensors([p])]):
+            yield x, codec.read(stored)
 
     def _places(self) -> dict[Tensor, int]:
         return {p: idx * _PRIME**2 for idx, p in enumerate(self.store.all_params())}
@@ -170,6 +175,11 @@ class CompressedDirections(LookaheadRule):
             self._noise = step_idx, table
         start = place % (table.numel() - m.numel() + 1)
         return table[start : start + m.numel()].view(m.shape)
+
+
+def _distance_in_fold(p: Tensor, fold: Fold) -> float:
+    """Return how many directions the copy in a fold is ahead of its iterate."""
+    return 0.0 if is_narrow(p) else fold.step_size
 
 
 def _block_elements(tensor: Tensor) -> int:

@@ -21,6 +21,7 @@ from lightning_ema_nesterov.core.equations import (
     join_coefficients,
 )
 from lightning_ema_nesterov.core.metrics import StepMetrics
+from lightning_ema_nesterov.core.narrow import is_narrow
 from lightning_ema_nesterov.core.rule import Fold
 from lightning_ema_nesterov.core.sharding import Sharding, local
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY, EMADirections
@@ -72,7 +73,8 @@ class JoinedDirections(EMADirections):
     def extrapolate(self, params: list[Tensor], step_size: float) -> None:
         # A parameter that often has no gradient would collect the rounding of going back.
         is_joined = fold_decay(self.ema_decay, step_size) >= 0.5
-        joined = [p for p in params if is_joined and p not in self._left_out]
+        left_out = self._left_out
+        joined = [p for p in params if is_joined and not is_narrow(p) and p not in left_out]
         self._drop_replaced()
         for is_fold in (True, False):
             chosen = [p for p in joined if (p in self._late) is is_fold]

@@ -37,11 +37,9 @@ class GPADirections(LookaheadRule):
     @override
     @torch.no_grad()
     def begin(self, params: list[Tensor], step_size: float, *, is_measured: bool) -> Fold:
-        iterates = [p.detach().to(wide_dtype(p), copy=True) for p in params]  # they hold y
-        for p, iterate in zip(params, iterates, strict=True):
-            if self.store.has(p):
-                local([iterate])[0].add_(self.read_direction(p), alpha=-step_size)  # x
-        return Fold(params, step_size, iterates)
+        has = self.store.has
+        iterates = [self.iterate_of(p, step_size if has(p) else 0.0) for p in params]
+        return Fold(params, step_size, [x.to(wide_dtype(x)) for x in iterates])
 
     @override
     @torch.no_grad()

@@ -84,12 +84,11 @@ def fit(
     return trainer
 
 
-# Half a unit in the last place of bfloat16. With lookahead the direction takes the lookahead point
-# for x + beta m, and what that was rounded by is in the average: some units for each step.
 @pytest.mark.filterwarnings("ignore:EMANesterov never looks ahead")
-@pytest.mark.parametrize(("lookahead_step_size", "bound"), [(0.0, 2**-8), (0.5, 2**-6)])
-def test_bfloat16_weights(tmp_path: Path, lookahead_step_size: float, bound: float) -> None:
+@pytest.mark.parametrize("lookahead_step_size", [0.0, 0.5])
+def test_bfloat16_weights(tmp_path: Path, lookahead_step_size: float) -> None:
     """The direction is float32, and the average is rounded once."""
+    bound = 2**-8  # half a unit in the last place of bfloat16
     plain, module, iterates = Evaluated(), Evaluated(), Iterates()
     options: dict[str, Any] = {"precision": "bf16-true", "lookahead_step_size": lookahead_step_size}
     fit(plain, evaluate_at="iterate", **options)

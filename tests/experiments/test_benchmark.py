@@ -14,6 +14,7 @@ from lightning_ema_nesterov.cli import main
 from lightning_ema_nesterov.core.lookahead import Lookahead
 from lightning_ema_nesterov.experiments.benchmark import measure as cost
 from lightning_ema_nesterov.experiments.benchmark import run
+from lightning_ema_nesterov.experiments.benchmark.average import measure_averages
 from lightning_ema_nesterov.experiments.benchmark.measure import FORMS, measure_cost
 
 SIZE = 2**21  # blocks are small beside it
@@ -34,6 +35,17 @@ def test_state_and_peak_of_each_form(form: str) -> None:
     assert (found.peak_per_element >= 1.0) == (form in ("bfloat16", "int8"))
     times = [found.method_ms, found.straightforward_ms, found.copy_ms, found.adamw_ms]
     assert min(times) > 0
+
+
+def test_averages_of_the_weights_side_by_side() -> None:
+    """Ours has no second model, and copies the parameters where someone evaluates."""
+    ours, theirs = measure_averages(SIZE, 3, num_rounds=1)
+    assert [ours.name, theirs.name] == ["EMANesterov", "EMAWeightAveraging"]
+    assert (ours.state_per_element, theirs.state_per_element) == (1.0, 1.0)
+    assert ours.evaluating_per_element == pytest.approx(1.0, abs=1e-3)
+    assert theirs.evaluating_per_element < 0.8  # two tensors at once
+    for found in (ours, theirs):
+        assert min(found.step_ms, found.enter_ms, found.leave_ms) > 0
 
 
 def test_transients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,14 +83,14 @@ def test_straightforward_form_has_the_same_numbers() -> None:
 
 @pytest.mark.slow
 def test_command_prints_a_table_and_writes_the_figures(tmp_path: Path) -> None:
-    arguments = ["--num_elements", "[2000, 4000]", "--num_tensors", "[2, 5]", "--num_rounds", "1"]
+    arguments = ["--num_elements", "2000", "--num_tensors", "[2, 5]", "--num_rounds", "1"]
     arguments += ["--forms", "[default, bfloat16]", "--num_threads", "[1, 2]"]
     command = [sys.executable, "-m", "lightning_ema_nesterov.cli", "benchmark"]
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
     result = subprocess.run([*command, *arguments], **options)  # type: ignore[call-overload]
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "out/benchmark.json").read_text())
-    assert len(figures["costs"]) == 2 * 2 * 2 * 2
+    assert len(figures["costs"]) == 2 * 2 * 2
     printed = " ".join(result.stdout.split())
     for row in figures["costs"]:
         ratio = row["method_over_straightforward"]
@@ -86,6 +98,10 @@ def test_command_prints_a_table_and_writes_the_figures(tmp_path: Path) -> None:
         cells = f"{row['form']} {row['num_elements']:,} {row['num_tensors']} {row['num_threads']} "
         assert f"{cells}{ratio:.2f} " in printed
     assert {row["num_threads"] for row in figures["costs"]} == {1, 2}
+    assert len(figures["averages"]) == 2 * 2 * 2  # each with Lightning's beside it
+    for row in figures["averages"]:
+        cells = f"{row['name']} {row['num_elements']:,} {row['num_tensors']} {row['num_threads']} "
+        assert f"{cells}1.000 {row['evaluating_per_element']:.3f} " in printed
     assert list(figures["us_per_tensor"]) == ["default", "bfloat16"]
     assert f"default: {figures['us_per_tensor']['default']:.1f} us for each" in printed
 

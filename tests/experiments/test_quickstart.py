@@ -23,8 +23,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.data import DataLoader
 
 from lightning_ema_nesterov import EMANesterov
+from lightning_ema_nesterov.averages import average_checkpoint
 from lightning_ema_nesterov.cli import main, quickstart
+from lightning_ema_nesterov.experiments.data import TextWindows
 from lightning_ema_nesterov.experiments.event_files import read_scalars
+from lightning_ema_nesterov.experiments.model import ByteDecoder
 from lightning_ema_nesterov.experiments.quickstart import RECIPES, Settings, make_study
 from lightning_ema_nesterov.experiments.study.report import write_report
 from lightning_ema_nesterov.experiments.study.results import read_event_folder
@@ -88,6 +91,7 @@ def test_quickstart_trains_compares_and_draws(tmp_path: Path) -> None:
     for name in ("step_size", "direction_norm", "displacement_norm", "alignment"):
         assert read_scalars(log_dir)[f"ema_nesterov/{name}"]
     check_what_is_said(result.stdout, record)
+    check_the_average(record["val_loss"], log_dir / "final.ckpt", text)
 
     again = run(*arguments, folder=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -95,6 +99,22 @@ def test_quickstart_trains_compares_and_draws(tmp_path: Path) -> None:
     assert repeated["val_loss"] == record["val_loss"]
     # It is the folder of a study.
     assert "| ema_nesterov | 0.01 |" in (write_report(folder).parent / "report.md").read_text()
+
+
+def check_the_average(losses: dict[str, Any], path: Path, text: Path) -> None:
+    """The last loss of its curve is that of the averaged weights of the last checkpoint."""
+    average_checkpoint(path, path.with_name("average.ckpt"))
+    model = ByteDecoder(window_size=64)
+    model.load_state_dict(torch.load(path.with_name("average.ckpt"))["state_dict"])
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
+    )
+    data = TextWindows(str(text), window_size=64, num_validation_windows=640)
+    [found] = trainer.validate(model, data, verbose=False)
+    last_step, last = losses["adamw_ema_nesterov_average"][-1]
+    assert last_step == 40
+    assert last == pytest.approx(found["val_loss"], rel=1e-5)
+    assert abs(last - losses["adamw_ema_nesterov"][-1][1]) > 1e-2
 
 
 def check_what_is_said(output: str, record: dict[str, Any]) -> None:
@@ -109,6 +129,12 @@ def check_what_is_said(output: str, record: dict[str, Any]) -> None:
     assert f"{abs(gap):.4f} nats per byte ({percent:.1f}%) {side} than with AdamW alone" in end
     assert f"{found['baseline_final']:.4f}" in end
     assert "--seed 4 trains another" in end
+    [at_x], [average] = (
+        [loss for step, loss in record["val_loss"][f"adamw_ema_nesterov{kind}"] if step == 28]
+        for kind in ("", "_average")
+    )
+    said = f"its loss is {at_x:.4f} at the weights and {average:.4f} at their average."
+    assert f"At step 28, before the learning rate falls, {said}" in end
     # Not in a clone's root: the recipes are not here.
     assert "litgpt" not in output
     # The programs are those beside this Python, for a shell that knows nothing of it.

@@ -21,7 +21,17 @@ from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 from lightning_ema_nesterov.rules.make import Settings
 
-__all__ = ["FORMS", "Cost", "check_case", "measure_cost"]
+__all__ = [
+    "EMA_DECAY",
+    "FORMS",
+    "Cost",
+    "PausableAdamW",
+    "check_case",
+    "measure_cost",
+    "peak_bytes",
+    "shapes_of",
+    "timed",
+]
 
 STEP_SIZE, EMA_DECAY = 0.5, 0.99
 
@@ -90,7 +100,7 @@ class Cost:
         ]
 
 
-class _Pausable(AdamW):
+class PausableAdamW(AdamW):
     """AdamW that can leave the parameters alone."""
 
     is_still = False
@@ -118,7 +128,7 @@ class _Straightforward:
             direction.mul_(EMA_DECAY).add_(p - iterate, alpha=1.0 - EMA_DECAY)
 
 
-def _peak_bytes(action: Callable[[], Any]) -> int:
+def peak_bytes(action: Callable[[], Any]) -> int:
     """Return how much more memory is held at once during an action than before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
         action()
@@ -165,19 +175,19 @@ def measure_cost(
         ValueError: If a number is too small, or the form is unknown.
     """
     check_case(num_elements, num_tensors, form=form, num_rounds=num_rounds)
-    actions, lookahead = _prepare(_shapes(num_elements, num_tensors), form, device)
+    actions, lookahead = _prepare(shapes_of(num_elements, num_tensors), form, device)
     times: dict[str, list[float]] = {name: [] for name in actions}
     for round_idx in range(num_rounds + 2):  # the first two warm up
         lookahead.attach()
         for name, action in actions.items():
             if name == "adamw":
                 lookahead.detach()  # an end that is late is not on its account
-            with _timed(device) as elapsed:
+            with timed(device) as elapsed:
                 action()
             if round_idx >= 2:
                 times[name].append(1e3 * elapsed[0])
     lookahead.attach()
-    peak = _peak_bytes(actions["method"])
+    peak = peak_bytes(actions["method"])
     params = lookahead.base_optimizer.param_groups[0]["params"]
     num_bytes = 4 * sum(p.numel() for p in params)
     state = lookahead.rule.store.tensors(params)
@@ -198,7 +208,8 @@ def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
-def _shapes(num_elements: int, num_tensors: int) -> list[tuple[int, ...]]:
+def shapes_of(num_elements: int, num_tensors: int) -> list[tuple[int, ...]]:
+    """Return the shapes of parameters, one of them large as an embedding is."""
     largest = num_elements if num_tensors == 1 else int(LARGEST_SHARE * num_elements)
     sizes = [largest] + [(num_elements - largest) // max(1, num_tensors - 1)] * (num_tensors - 1)
     width = 256  # matrices, so that int8 applies to them
@@ -212,7 +223,7 @@ def _prepare(
     straightforward = _Straightforward(params)
     for p, iterate in zip(params, straightforward.iterates, strict=True):
         p.grad = iterate  # any numbers will do
-    optimizer = _Pausable(params, lr=1e-6)
+    optimizer = PausableAdamW(params, lr=1e-6)
     directions = _rule(optimizer, **FORMS[form])
     lookahead = Lookahead(directions, LookaheadSchedule(STEP_SIZE))
 
@@ -243,7 +254,8 @@ def _prepare(
 
 
 @contextmanager
-def _timed(device: str) -> Iterator[list[float]]:
+def timed(device: str) -> Iterator[list[float]]:
+    """Time a ``with`` block; the list has its seconds afterwards."""
     is_cuda = torch.device(device).type == "cuda"
     if is_cuda:
         torch.cuda.synchronize(device)

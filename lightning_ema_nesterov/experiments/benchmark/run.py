@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from lightning_ema_nesterov.experiments.benchmark.average import measure_averages
 from lightning_ema_nesterov.experiments.benchmark.measure import Cost, check_case, measure_cost
 from lightning_ema_nesterov.experiments.tables import format_table
 
@@ -30,6 +31,18 @@ _HEADER = [
     "peak",
 ]
 
+_HEADER_OF_AVERAGES = [
+    "average of",
+    "elements",
+    "tensors",
+    "threads",
+    "state",
+    "evaluating",
+    "step",
+    "there",
+    "back",
+]
+
 
 def run_benchmark(
     sizes: Sequence[tuple[int, int]],
@@ -40,7 +53,7 @@ def run_benchmark(
     device: str,
     out: Path,
 ) -> None:
-    """Measure sizes, print a table, and write a JSON file.
+    """Measure sizes, print a table of steps and one of averages, and write a JSON file.
 
     Args:
         sizes: Pairs of a number of elements and a number of parameters.
@@ -68,14 +81,24 @@ def run_benchmark(
         costs.append(
             measure_cost(num_elements, num_tensors, form=form, num_rounds=num_rounds, device=device)
         )
+    averages = []
+    for threads in num_threads:
+        torch.set_num_threads(threads)
+        for num_elements, num_tensors in tqdm(sizes, desc="Averages"):
+            averages += measure_averages(
+                num_elements, num_tensors, num_rounds=num_rounds, device=device
+            )
     machine = {"cpu": _cpu_name(), "torch": torch.__version__, "device": device}
     figures = {**machine, "num_rounds": num_rounds, "costs": [asdict(cost) for cost in costs]}
+    figures["averages"] = [asdict(cost) for cost in averages]
     figures["us_per_tensor"] = overheads = _overheads(costs)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures, indent=1))
     print(format_table([_HEADER, *(cost.as_row() for cost in costs)]))
     for form, overhead in overheads.items():
         print(f"{form}: {overhead:.1f} us for each further tensor")
+    print()
+    print(format_table([_HEADER_OF_AVERAGES, *(cost.as_row() for cost in averages)]))
     print(f"\nFigures: {out}")
 
 

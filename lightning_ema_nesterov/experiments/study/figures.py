@@ -68,16 +68,17 @@ def draw_curves(
     styles: Mapping[str, Style],
     *,
     title: str,
+    shaded: Standing | None = None,
 ) -> None:
     """Draw validation loss over steps, and its difference to the baseline, at the best rates.
-
-    Where one method alone is compared, the steps in which it looks ahead are shaded.
 
     Args:
         path: PNG file.
         found: Standings on one base optimizer, the baseline first.
         styles: As :func:`styles_of` gives them.
         title: Title of the picture.
+        shaded: The method whose steps that look ahead are shaded; by default that of a comparison
+            of one method alone.
     """
     curves = {s.method: mean_curve(s.results.values()) for s in found}
     reference = {step: loss for step, loss, _ in curves[found[0].method]}
@@ -102,8 +103,9 @@ def draw_curves(
         has_seeds = any(len(standing.results) > 1 for standing in found)
         _frame(losses, gaps, values, reference, late, has_seeds=has_seeds)
         losses.set_title(title)
-        if len(found) == 2:
-            _shade((losses, gaps), found[1])
+        shaded = found[1] if shaded is None and len(found) == 2 else shaded
+        if shaded is not None:
+            _shade((losses, gaps), shaded)
 
 
 def _frame(
