@@ -13,6 +13,11 @@ import torch
 from tqdm import tqdm
 
 from lightning_ema_nesterov.experiments.benchmark.measure import Cost, check_case, measure_cost
+from lightning_ema_nesterov.experiments.benchmark.model_step import (
+    ModelCost,
+    check_models,
+    measure_model,
+)
 from lightning_ema_nesterov.experiments.tables import format_table
 
 __all__ = ["run_benchmark"]
@@ -30,6 +35,18 @@ _HEADER = [
     "peak",
 ]
 
+_HEADER_OF_MODELS = [
+    "model",
+    "form",
+    "elements",
+    "tokens",
+    "training step",
+    "method",
+    "share",
+    "state",
+    "peak",
+]
+
 
 def run_benchmark(
     sizes: Sequence[tuple[int, int]],
@@ -38,6 +55,8 @@ def run_benchmark(
     num_rounds: int,
     num_threads: Sequence[int],
     device: str,
+    models: Sequence[str],
+    batch_size: int,
     out: Path,
 ) -> None:
     """Measure sizes, print a table, and write a JSON file.
@@ -48,6 +67,8 @@ def run_benchmark(
         num_rounds: As for :func:`measure_cost`.
         num_threads: Numbers of threads of torch on a CPU, at least 1.
         device: As torch names it.
+        models: Keys of :data:`MODELS`, whose training steps are measured too.
+        batch_size: Windows in such a step, at least 1.
         out: The file; its folder is made.
 
     Raises:
@@ -59,6 +80,7 @@ def run_benchmark(
     for form in forms:
         for num_elements, num_tensors in sizes:
             check_case(num_elements, num_tensors, form=form, num_rounds=num_rounds)
+    check_models(models, batch_size=batch_size)
     _check_device(device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports every start and stop
     costs = []
@@ -68,15 +90,38 @@ def run_benchmark(
         costs.append(
             measure_cost(num_elements, num_tensors, form=form, num_rounds=num_rounds, device=device)
         )
-    machine = {"cpu": _cpu_name(), "torch": torch.__version__, "device": device}
+    model_costs = [
+        cost
+        for name in tqdm(models, desc="Models")
+        for cost in measure_model(
+            name, forms=forms, num_rounds=num_rounds, batch_size=batch_size, device=device
+        )
+    ]
+    machine = {"cpu": _cpu_name(), "torch": torch.__version__, "device": _device_name(device)}
     figures = {**machine, "num_rounds": num_rounds, "costs": [asdict(cost) for cost in costs]}
+    figures["models"] = [asdict(cost) for cost in model_costs]
     figures["us_per_tensor"] = overheads = _overheads(costs)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures, indent=1))
     print(format_table([_HEADER, *(cost.as_row() for cost in costs)]))
     for form, overhead in overheads.items():
         print(f"{form}: {overhead:.1f} us for each further tensor")
+    _print_limit(costs)
+    _print_models(model_costs)
     print(f"\nFigures: {out}")
+
+
+def _print_limit(costs: Sequence[Cost]) -> None:
+    """Print how fast memory is, which no form with 4 accesses of an element can be faster than."""
+    largest = max(costs, key=lambda cost: cost.num_elements)
+    rate = 16 * largest.num_elements / (1e-3 * largest.copy_ms)
+    print(f"copy of {largest.num_elements:,} parameters and directions: {1e-9 * rate:.0f} GB/s")
+
+
+def _print_models(costs: Sequence[ModelCost]) -> None:
+    if costs:
+        print()
+        print(format_table([_HEADER_OF_MODELS, *(cost.as_row() for cost in costs)]))
 
 
 def _check_device(device: str) -> None:
@@ -102,6 +147,11 @@ def _overheads(costs: Sequence[Cost]) -> dict[str, float]:
             slope = (many.method_ms - few.method_ms) / (many.num_tensors - few.num_tensors)
             found[form] = 1e3 * slope
     return found
+
+
+def _device_name(device: str) -> str:
+    is_cuda = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if is_cuda else device
 
 
 def _cpu_name() -> str:
