@@ -82,19 +82,20 @@ def benchmark(
     with _extra("litgpt"):
         from lightning_ema_nesterov.experiments.benchmark.run import run_benchmark
 
+    pairs = [(e, t) for e in _as_list(num_elements) for t in _as_list(num_tensors)]
     if models is None:
         models = ["124M", "350M", "1B"] if device.startswith("cuda") else []
-    pairs = [(e, t) for e in _as_list(num_elements) for t in _as_list(num_tensors)]
-    run_benchmark(
-        [(e, t) for e, t in pairs if 2 * t <= e] or pairs,
-        forms=_as_list(forms),
-        num_rounds=num_rounds,
-        num_threads=_as_list(num_threads),
-        device=device,
-        models=_as_list(models),
-        batch_size=batch_size,
-        out=out,
-    )
+    with _extra("litgpt"):
+        run_benchmark(
+            [(e, t) for e, t in pairs if 2 * t <= e] or pairs,
+            forms=_as_list(forms),
+            num_rounds=num_rounds,
+            num_threads=_as_list(num_threads),
+            device=device,
+            models=_as_list(models),
+            batch_size=batch_size,
+            out=out,
+        )
 
 
 def compare(

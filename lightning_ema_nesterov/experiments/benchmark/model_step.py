@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
-from litgpt import GPT, Config
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -125,8 +125,11 @@ def check_models(names: Sequence[str], *, batch_size: int) -> None:
     """Raise unless :func:`measure_model` can measure models.
 
     Raises:
+        ModuleNotFoundError: If there are models and no LitGPT.
         ValueError: If a model is unknown, or ``batch_size`` below 1.
     """
+    if names:
+        import_module("litgpt")
     for name in names:
         if name not in MODELS:
             raise ValueError(f"models must be of {', '.join(MODELS)}, got {name!r}.")
@@ -148,8 +151,7 @@ def measure_model(
     """
     is_cuda = torch.device(device).type == "cuda"
     torch.manual_seed(0)
-    with torch.device(device):
-        model: nn.Module = GPT(Config(name=name, **MODELS[name]))
+    model = _make_model(name, device)
     optimizer = PausableAdamW(model.parameters(), lr=1e-6, fused=is_cuda)
     if is_cuda:
         model.compile(dynamic=False)
@@ -157,6 +159,14 @@ def measure_model(
     tokens = torch.randint(MODELS[name]["vocab_size"], shape, device=device)
     for form in forms:
         yield _measure_form(name, form, _Training(model, optimizer, tokens), num_rounds, device)
+
+
+def _make_model(name: str, device: str) -> nn.Module:
+    from litgpt import GPT, Config  # not needed for the other tables
+
+    with torch.device(device):
+        model: nn.Module = GPT(Config(name=name, **MODELS[name]))
+    return model
 
 
 class _Training:
