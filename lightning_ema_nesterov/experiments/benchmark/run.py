@@ -92,7 +92,7 @@ def run_benchmark(
         )
     model_costs = [
         cost
-        for name in tqdm(models, desc="Models")
+        for name in tqdm(models, desc="Models", disable=not models)
         for cost in measure_model(
             name, forms=forms, num_rounds=num_rounds, batch_size=batch_size, device=device
         )
