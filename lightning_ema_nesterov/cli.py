@@ -60,6 +60,8 @@ def benchmark(
     num_rounds: int = 15,
     num_threads: list[int] | int = [1],  # noqa: B006
     device: str = "cpu",
+    models: list[str] | str | None = None,
+    batch_size: int = 8,
     out: Path = Path("out/benchmark.json"),
 ) -> None:
     """Measure what the method costs, against a straightforward form, a plain copy and AdamW.
@@ -75,20 +77,28 @@ def benchmark(
         num_rounds: Interleaved rounds, of which the medians are taken, at least 1.
         num_threads: Numbers of threads of torch on a CPU, each at least 1.
         device: As torch names it.
+        models: Models whose training steps in bfloat16 are measured too: 0.1M, 124M, 350M, 1B. By
+            default the last three on a GPU, and none on a CPU.
+        batch_size: Windows in such a step, at least 1: of 64 tokens for 0.1M, of 1,024 otherwise.
         out: JSON file for the figures.
     """
     with _extra("litgpt"):
         from lightning_ema_nesterov.experiments.benchmark.run import run_benchmark
 
     pairs = [(e, t) for e in _as_list(num_elements) for t in _as_list(num_tensors)]
-    run_benchmark(
-        [(e, t) for e, t in pairs if 2 * t <= e] or pairs,
-        forms=_as_list(forms),
-        num_rounds=num_rounds,
-        num_threads=_as_list(num_threads),
-        device=device,
-        out=out,
-    )
+    if models is None:
+        models = ["124M", "350M", "1B"] if device.startswith("cuda") else []
+    with _extra("litgpt"):
+        run_benchmark(
+            [(e, t) for e, t in pairs if 2 * t <= e] or pairs,
+            forms=_as_list(forms),
+            num_rounds=num_rounds,
+            num_threads=_as_list(num_threads),
+            device=device,
+            models=_as_list(models),
+            batch_size=batch_size,
+            out=out,
+        )
 
 
 def compare(

@@ -39,6 +39,7 @@ MISSING = [
     Case(("jsonargparse",), ("quickstart",), "quickstart"),
     Case(("jsonargparse",), ("report", "out"), "study"),
     Case(("jsonargparse",), ("benchmark",), "litgpt"),
+    Case(("litgpt",), ("benchmark", "--models", "0.1M"), "litgpt"),
     Case(("jsonargparse",), ("--help",), "quickstart"),
     Case(("matplotlib",), ("quickstart",), "quickstart"),
     Case(("litgpt",), ("quickstart",), "quickstart"),

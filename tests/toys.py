@@ -221,11 +221,11 @@ def snapshot(module: nn.Module) -> list[Tensor]:
 
 def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     """Whether two lists of tensors are equal, bit for bit."""
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
 
 
 def relative_error(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    a, b = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (first, second))
+    a, b = (torch.cat([t.detach().cpu().double().flatten() for t in ts]) for ts in (first, second))
     return float((a - b).norm() / b.norm())
 
 

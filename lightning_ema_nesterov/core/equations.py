@@ -253,7 +253,9 @@ def join_coefficients(like: Tensor, *, ema_decay: float, step_size: float, is_fo
     """
     last = 1.0 - ema_decay
     values = [last if is_fold else 0.0, step_size, fold_decay(ema_decay, step_size), last]
-    return torch.tensor(values, dtype=like.dtype, device=like.device)
+    # Numbers go to a GPU with the kernels that write them; a copy from the host would wait for it.
+    numbers = [torch.full((), value, dtype=like.dtype, device=like.device) for value in values]
+    return torch.stack(numbers)
 
 
 def fold_decay(ema_decay: float, step_size: float) -> float:

@@ -98,9 +98,10 @@ class Progress:
         group = self.base_optimizer.param_groups[group_idx]
         if "lr" not in group:
             return 1.0
-        max_lr = largest_lr(group, self._max_lrs.get(group_idx))
+        lr = float(group["lr"])  # once: the host waits for a tensor on a GPU
+        max_lr = largest_lr({**group, "lr": lr}, self._max_lrs.get(group_idx))
         self._max_lrs[group_idx] = max_lr
-        return float(group["lr"]) / max_lr if max_lr > 0 else 0.0
+        return lr / max_lr if max_lr > 0 else 0.0
 
     def set_max_lr(self, group_idx: int, max_lr: float) -> None:
         """Set the reference of a group whose scheduler does not tell it, unless one was loaded."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from lightning_ema_nesterov.core.rule import Fold, LookaheadRule
@@ -22,6 +23,9 @@ class Window:
         step_idx: Steps taken before.
         is_dry_run: Whether the step only makes the base optimizer create its state.
 
+    Raises:
+        RuntimeError: Here and in :meth:`begin`, while a CUDA graph is captured.
+
     Attributes:
         is_stepping: Whether the base optimizer has begun to change parameters.
         is_paused: Whether the parameters hold the iterate for someone who looks.
@@ -31,6 +35,7 @@ class Window:
     def __init__(
         self, rule: LookaheadRule, sharding: Sharding, *, step_idx: int, is_dry_run: bool = False
     ) -> None:
+        _check_not_captured()
         self.is_dry_run = is_dry_run
         self.is_stepping = False
         self.folds: list[Fold] = []
@@ -54,6 +59,7 @@ class Window:
 
     def begin(self, params: list[Tensor], *, is_measured: bool) -> None:
         """Begin the update of parameters with a gradient; the others return to the iterate."""
+        _check_not_captured()
         self.is_stepping = True
         self.retract(p for p in params if p.grad is None)
         for step_size, bucket in self._by_step_size(p for p in params if p.grad is not None):
@@ -152,3 +158,19 @@ class AtAverage:
         """Return to the iterate, bit for bit."""
         self._sharding.reshard()
         self._put_back()
+
+
+def _check_not_captured() -> None:
+    # The graph would repeat one step size for ever, and no step that it replays would be counted.
+    if _is_captured():
+        raise RuntimeError(
+            "A step with EMA-Nesterov must not be captured in a CUDA graph, and one is being "
+            "captured: the step size is a number of the host, and so is the count of steps. "
+            "Capture the forward and the backward pass (torch.cuda.make_graphed_callables, before "
+            "attaching, or torch.compile with mode='reduce-overhead'), and call "
+            "optimizer.step() outside of the graph."
+        )
+
+
+def _is_captured() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -16,20 +16,22 @@ Attach = Callable[..., Lookahead]
 CURVATURE = torch.diag(torch.linspace(0.1, 2.0, 6, dtype=torch.float64))
 
 
-def start(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+def start(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(6, 4), (6, 2)]
     values = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-    return [nn.Parameter(value.to(dtype)) for value in values]
+    return [nn.Parameter(value.to(device, dtype)) for value in values]
 
 
 def loss_of(params: Iterable[Tensor]) -> Tensor:
-    terms = [0.5 * (p * (CURVATURE.to(p.dtype) @ p)).sum() + p.sin().sum() for p in params]
+    terms = [0.5 * (p * (CURVATURE.to(p) @ p)).sum() + p.sin().sum() for p in params]
     return torch.stack(terms).sum()
 
 
 def gradients(params: list[Tensor], step_idx: int) -> list[Tensor]:
-    return [CURVATURE.to(p.dtype) @ p + p.cos() for p in params]
+    return [CURVATURE.to(p) @ p + p.cos() for p in params]
 
 
 def train(lookahead: Lookahead, params: list[nn.Parameter], num_steps: int) -> None:

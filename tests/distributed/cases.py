@@ -118,6 +118,7 @@ class TrainerRun(Checked):
         name: Names the run among those of one launch, and in the message when it fails.
         rule: The lookahead method; ``None``: the base optimizer alone.
         num_steps: Optimizer steps that this run takes, with those of the checkpoint; even.
+        accelerator: As the Trainer has it: NCCL on GPUs, gloo elsewhere.
         accumulate: Batches of a step.
         val_check_interval: As the Trainer has it; ``None``: no validation.
         model_dtype: Of the parameters. Precision 64-true is not offered with every strategy.
@@ -140,6 +141,7 @@ class TrainerRun(Checked):
     rule: Rule = EMA()
     optimizer: BaseOptimizer = "adamw"
     num_steps: int = 8
+    accelerator: Literal["cpu", "gpu"] = "cpu"
     accumulate: int = 1
     val_check_interval: int | float | None = None
     model_dtype: DType = "float32"

@@ -104,12 +104,40 @@ class RecordsSteps(Callback):
             optimizer.state.get(p, {}).get(DIRECTION_KEY, torch.zeros_like(p))
             for p in optimizer.param_groups[0]["params"]
         ]
-        flat = torch.cat([m.detach().flatten() for m in local(directions)])
+        flat = torch.cat([m.detach().flatten().cpu() for m in local(directions)])
         self.after.append((self._params(trainer), flat))
 
     def _params(self, trainer: Trainer) -> Tensor:
         params = local(trainer.optimizers[0].param_groups[0]["params"])
-        return torch.cat([p.detach().flatten() for p in params])
+        return torch.cat([p.detach().flatten().cpu() for p in params])
+
+
+def check_step(
+    y: Tensor,
+    before: tuple[Tensor, Tensor],
+    after: tuple[Tensor, Tensor],
+    *,
+    is_skipped: bool,
+    atol: float = 2e-7,
+) -> None:
+    """Check one step of :class:`RecordsSteps` against the equations.
+
+    Args:
+        y: The lookahead point.
+        before: Iterate and direction before the step.
+        after: Those after it.
+        is_skipped: Whether GradScaler skipped it.
+        atol: Rounding of a parameter near 1, in directions near 1e-3; by default in float32.
+    """
+    (x, m), (x_next, m_next) = [(x.double(), m.double()) for x, m in (before, after)]
+    torch.testing.assert_close(y.double(), x + 0.5 * m, rtol=0, atol=atol)
+    if is_skipped:
+        torch.testing.assert_close(x_next, x, rtol=0, atol=atol)
+        torch.testing.assert_close(m_next, m, rtol=0, atol=0)
+        return
+    torch.testing.assert_close(m_next, 0.9 * m + 0.1 * (x_next - x), rtol=0, atol=atol)
+    assert (x_next - x).abs().max() > 1e-3
+    assert (m_next - m).abs().max() > 1e-4
 
 
 class SavesInPlace(Callback):

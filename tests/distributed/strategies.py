@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -105,11 +105,14 @@ class CPUFabricFSDPStrategy(FabricFSDPStrategy):
         yield
 
 
-def for_trainer(strategy: cases.Strategy) -> Strategy | str:
+def for_trainer(
+    strategy: cases.Strategy, accelerator: Literal["cpu", "gpu"] = "cpu"
+) -> Strategy | str:
     if isinstance(strategy, cases.DDP):
         return DDPStrategy()
     if isinstance(strategy, cases.FSDP1):
-        return CPUFSDPStrategy(
+        make = CPUFSDPStrategy if accelerator == "cpu" else FSDPStrategy
+        return make(
             auto_wrap_policy=ModuleWrapPolicy({Block}),
             sharding_strategy=ShardingStrategy[strategy.sharding],
             use_orig_params=strategy.use_orig_params,
@@ -130,12 +133,13 @@ def plugins_for(case: cases.TrainerRun) -> list[Any]:
     """Lightning turns 16-mixed into bf16-mixed on a CPU, unless the plugin is given."""
     if case.precision != "16-mixed":
         return []
+    device = "cpu" if case.accelerator == "cpu" else "cuda"
     if isinstance(case.strategy, cases.FSDP1):
         plugin = FSDPPrecision("16-mixed")
-        plugin.scaler = ShardedGradScaler("cpu", init_scale=2.0)
+        plugin.scaler = ShardedGradScaler(device, init_scale=2.0)
         return [plugin]
     assert isinstance(case.strategy, cases.DDP)
-    return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))]
+    return [MixedPrecision("16-mixed", device, torch.amp.GradScaler(device, init_scale=2.0))]
 
 
 def make_fabric(strategy: cases.Strategy) -> Fabric:

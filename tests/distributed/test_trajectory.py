@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
 from tests.distributed.cases import (
     DDP,
@@ -17,6 +15,7 @@ from tests.distributed.cases import (
     TrainerRun,
     stopped_and_resumed,
 )
+from tests.distributed.observers import check_step
 from tests.distributed.oracle import oracle
 from tests.distributed.processes import Results, difference, launch
 from tests.distributed.runs import BASES, FORMATS, STRATEGIES, TRAINED
@@ -197,19 +196,4 @@ def test_every_step_follows_the_equations_also_those_that_the_scaler_skips(
         assert len(points) == len(held) == 8
         for idx in range(1, 8):
             is_skipped = idx + 1 == STEPS[name].overflow_step
-            check_step(points[idx].double(), held[idx - 1], held[idx], is_skipped=is_skipped)
-
-
-def check_step(
-    y: Tensor, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], *, is_skipped: bool
-) -> None:
-    (x, m), (x_next, m_next) = [(x.double(), m.double()) for x, m in (before, after)]
-    # float32 rounding of a parameter near 1, in directions near 1e-3
-    torch.testing.assert_close(y, x + 0.5 * m, rtol=0, atol=2e-7)
-    if is_skipped:
-        torch.testing.assert_close(x_next, x, rtol=0, atol=2e-7)
-        torch.testing.assert_close(m_next, m, rtol=0, atol=0)
-        return
-    torch.testing.assert_close(m_next, 0.9 * m + 0.1 * (x_next - x), rtol=0, atol=2e-7)
-    assert (x_next - x).abs().max() > 1e-3
-    assert (m_next - m).abs().max() > 1e-4
+            check_step(points[idx], held[idx - 1], held[idx], is_skipped=is_skipped)

@@ -149,7 +149,8 @@ def make_case_trainer(
         log_every_n_steps=1,
         enable_checkpointing=case.checkpoints is not None,
         max_epochs=case.num_steps // 2,
-        strategy=strategies.for_trainer(case.strategy),
+        accelerator=case.accelerator,
+        strategy=strategies.for_trainer(case.strategy, case.accelerator),
         devices=strategies.local_world_size(),
         num_nodes=world_size() // strategies.local_world_size(),
         accumulate_grad_batches=case.accumulate,
@@ -272,7 +273,7 @@ def gather(trainer: Trainer, module: Module) -> dict[str, Tensor]:
     for name, state in gather_states(trainer, module).items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                out[f"{key}.{name}"] = full(value).clone()
+                out[f"{key}.{name}"] = full(value).clone().cpu()
     return dict(sorted(out.items()))
 
 
@@ -283,8 +284,8 @@ def gather_weights(trainer: Trainer, module: Module) -> dict[str, Tensor]:
     Sharding(root, torch.optim.SGD([torch.zeros(1)])).reshard()
     if isinstance(module.case.strategy, cases.FSDP1):
         with strategies.full_state_dict_context(root):
-            return {name: value.clone() for name, value in root.state_dict().items()}
-    return {name: full(p.detach()).clone() for name, p in module.named_parameters()}
+            return {name: value.clone().cpu() for name, value in root.state_dict().items()}
+    return {name: full(p.detach()).clone().cpu() for name, p in module.named_parameters()}
 
 
 def gather_states(trainer: Trainer, module: Module) -> dict[str, Any]:

@@ -47,7 +47,9 @@ def test_the_two_commands_are_one_line_each_and_use_the_constraints() -> None:
         assert line.endswith(f".venv/bin/{end}")
 
 
-@pytest.mark.parametrize("folder", ["recipes", "recipes/quickstart", "recipes/studies", ".github"])
+@pytest.mark.parametrize(
+    "folder", ["recipes", "recipes/gpu", "recipes/quickstart", "recipes/studies", ".github"]
+)
 def test_linked_files_exist(folder: str) -> None:
     [page] = [*(ROOT / folder).glob("README.md"), *(ROOT / folder).glob("CONTRIBUTING.md")]
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())

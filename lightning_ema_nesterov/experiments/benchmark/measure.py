@@ -24,11 +24,13 @@ from lightning_ema_nesterov.rules.make import Settings
 __all__ = [
     "EMA_DECAY",
     "FORMS",
+    "STEP_SIZE",
     "Cost",
     "PausableAdamW",
     "check_case",
     "measure_cost",
     "peak_bytes",
+    "rule_of",
     "shapes_of",
     "timed",
 ]
@@ -128,8 +130,13 @@ class _Straightforward:
             direction.mul_(EMA_DECAY).add_(p - iterate, alpha=1.0 - EMA_DECAY)
 
 
-def peak_bytes(action: Callable[[], Any]) -> int:
+def peak_bytes(action: Callable[[], Any], device: str = "cpu") -> int:
     """Return how much more memory is held at once during an action than before."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
         action()
     results = found.profiler.kineto_results if found.profiler else None
@@ -187,7 +194,7 @@ def measure_cost(
             if round_idx >= 2:
                 times[name].append(1e3 * elapsed[0])
     lookahead.attach()
-    peak = peak_bytes(actions["method"])
+    peak = peak_bytes(actions["method"], device)
     params = lookahead.base_optimizer.param_groups[0]["params"]
     num_bytes = 4 * sum(p.numel() for p in params)
     state = lookahead.rule.store.tensors(params)
@@ -224,15 +231,13 @@ def _prepare(
     for p, iterate in zip(params, straightforward.iterates, strict=True):
         p.grad = iterate  # any numbers will do
     optimizer = PausableAdamW(params, lr=1e-6)
-    directions = _rule(optimizer, **FORMS[form])
-    lookahead = Lookahead(directions, LookaheadSchedule(STEP_SIZE))
+    lookahead = Lookahead(rule_of(optimizer, form), LookaheadSchedule(STEP_SIZE))
 
     @torch.no_grad()
     def copy() -> None:
-        for p, target in zip(params, straightforward.iterates, strict=True):
-            target.copy_(p)
-        for m, target in zip(straightforward.directions, straightforward.iterates, strict=True):
-            target.copy_(m)
+        # A GPU copies many small tensors at once; on a CPU this is one after the other.
+        torch._foreach_copy_(straightforward.iterates, params)
+        torch._foreach_copy_(straightforward.iterates, straightforward.directions)
 
     def step(*, is_still: bool) -> None:
         optimizer.is_still = is_still
@@ -256,16 +261,25 @@ def _prepare(
 @contextmanager
 def timed(device: str) -> Iterator[list[float]]:
     """Time a ``with`` block; the list has its seconds afterwards."""
-    is_cuda = torch.device(device).type == "cuda"
-    if is_cuda:
-        torch.cuda.synchronize(device)
     elapsed: list[float] = []
-    start = time.perf_counter()
-    yield elapsed
-    if is_cuda:
-        torch.cuda.synchronize(device)
-    elapsed.append(time.perf_counter() - start)
+    if torch.device(device).type != "cuda":
+        start = time.perf_counter()
+        yield elapsed
+        elapsed.append(time.perf_counter() - start)
+        return
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        make_event: Any = torch.cuda.Event
+        first, last = make_event(enable_timing=True), make_event(enable_timing=True)
+        first.record()
+        yield elapsed
+        last.record()
+        last.synchronize()
+    elapsed.append(1e-3 * first.elapsed_time(last))
 
 
-def _rule(optimizer: Optimizer, *, ends_late: bool = False, **settings: Any) -> LookaheadRule:
+def rule_of(optimizer: Optimizer, form: str) -> LookaheadRule:
+    """Return what :data:`FORMS` says, for an optimizer."""
+    settings = dict(FORMS[form])
+    ends_late = settings.pop("ends_late", False)
     return Settings(STEP_SIZE, EMA_DECAY, **settings).rule(optimizer, ends_late=ends_late)

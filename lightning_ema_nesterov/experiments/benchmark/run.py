@@ -12,8 +12,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lightning_ema_nesterov.experiments.benchmark.average import measure_averages
+from lightning_ema_nesterov.experiments.benchmark.average import AverageCost, measure_averages
 from lightning_ema_nesterov.experiments.benchmark.measure import Cost, check_case, measure_cost
+from lightning_ema_nesterov.experiments.benchmark.model_step import (
+    ModelCost,
+    check_models,
+    measure_model,
+)
 from lightning_ema_nesterov.experiments.tables import format_table
 
 __all__ = ["run_benchmark"]
@@ -43,6 +48,18 @@ _HEADER_OF_AVERAGES = [
     "back",
 ]
 
+_HEADER_OF_MODELS = [
+    "model",
+    "form",
+    "elements",
+    "tokens",
+    "training step",
+    "method",
+    "share",
+    "state",
+    "peak",
+]
+
 
 def run_benchmark(
     sizes: Sequence[tuple[int, int]],
@@ -51,6 +68,8 @@ def run_benchmark(
     num_rounds: int,
     num_threads: Sequence[int],
     device: str,
+    models: Sequence[str],
+    batch_size: int,
     out: Path,
 ) -> None:
     """Measure sizes, print a table of steps and one of averages, and write a JSON file.
@@ -61,6 +80,8 @@ def run_benchmark(
         num_rounds: As for :func:`measure_cost`.
         num_threads: Numbers of threads of torch on a CPU, at least 1.
         device: As torch names it.
+        models: Keys of :data:`MODELS`, whose training steps are measured too.
+        batch_size: Windows in such a step, at least 1.
         out: The file; its folder is made.
 
     Raises:
@@ -72,6 +93,7 @@ def run_benchmark(
     for form in forms:
         for num_elements, num_tensors in sizes:
             check_case(num_elements, num_tensors, form=form, num_rounds=num_rounds)
+    check_models(models, batch_size=batch_size)
     _check_device(device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports every start and stop
     costs = []
@@ -81,16 +103,20 @@ def run_benchmark(
         costs.append(
             measure_cost(num_elements, num_tensors, form=form, num_rounds=num_rounds, device=device)
         )
-    averages = []
-    for threads in num_threads:
-        torch.set_num_threads(threads)
-        for num_elements, num_tensors in tqdm(sizes, desc="Averages"):
-            averages += measure_averages(
-                num_elements, num_tensors, num_rounds=num_rounds, device=device
-            )
-    machine = {"cpu": _cpu_name(), "torch": torch.__version__, "device": device}
+    averages = [
+        cost for threads in num_threads for cost in _averages(sizes, threads, num_rounds, device)
+    ]
+    model_costs = [
+        cost
+        for name in tqdm(models, desc="Models", disable=not models)
+        for cost in measure_model(
+            name, forms=forms, num_rounds=num_rounds, batch_size=batch_size, device=device
+        )
+    ]
+    machine = {"cpu": _cpu_name(), "torch": torch.__version__, "device": _device_name(device)}
     figures = {**machine, "num_rounds": num_rounds, "costs": [asdict(cost) for cost in costs]}
     figures["averages"] = [asdict(cost) for cost in averages]
+    figures["models"] = [asdict(cost) for cost in model_costs]
     figures["us_per_tensor"] = overheads = _overheads(costs)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures, indent=1))
@@ -99,7 +125,35 @@ def run_benchmark(
         print(f"{form}: {overhead:.1f} us for each further tensor")
     print()
     print(format_table([_HEADER_OF_AVERAGES, *(cost.as_row() for cost in averages)]))
+    _print_limit(costs)
+    _print_models(model_costs)
     print(f"\nFigures: {out}")
+
+
+def _averages(
+    sizes: Sequence[tuple[int, int]], num_threads: int, num_rounds: int, device: str
+) -> list[AverageCost]:
+    torch.set_num_threads(num_threads)
+    return [
+        cost
+        for num_elements, num_tensors in tqdm(sizes, desc="Averages")
+        for cost in measure_averages(
+            num_elements, num_tensors, num_rounds=num_rounds, device=device
+        )
+    ]
+
+
+def _print_limit(costs: Sequence[Cost]) -> None:
+    """Print how fast memory is, which no form with 4 accesses of an element can be faster than."""
+    largest = max(costs, key=lambda cost: cost.num_elements)
+    rate = 16 * largest.num_elements / (1e-3 * largest.copy_ms)
+    print(f"copy of {largest.num_elements:,} parameters and directions: {1e-9 * rate:.0f} GB/s")
+
+
+def _print_models(costs: Sequence[ModelCost]) -> None:
+    if costs:
+        print()
+        print(format_table([_HEADER_OF_MODELS, *(cost.as_row() for cost in costs)]))
 
 
 def _check_device(device: str) -> None:
@@ -125,6 +179,11 @@ def _overheads(costs: Sequence[Cost]) -> dict[str, float]:
             slope = (many.method_ms - few.method_ms) / (many.num_tensors - few.num_tensors)
             found[form] = 1e3 * slope
     return found
+
+
+def _device_name(device: str) -> str:
+    is_cuda = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if is_cuda else device
 
 
 def _cpu_name() -> str:
