@@ -9,8 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 __all__ = ["is_lightning", "lightning_classes", "lightning_function"]
 
 _OLDER = "pytorch_lightning"
@@ -21,7 +19,7 @@ def is_lightning(of: type) -> bool:
     return of.__module__.startswith(("lightning.", "pytorch_lightning.", "lightning_fabric."))
 
 
-def lightning_classes(trainer: Trainer, *paths: str) -> tuple[type, ...]:
+def lightning_classes(trainer: object, *paths: str) -> tuple[type, ...]:
     """Return classes of the package that a Trainer is of, to ask ``isinstance`` with.
 
     Args:
@@ -29,6 +27,7 @@ def lightning_classes(trainer: Trainer, *paths: str) -> tuple[type, ...]:
         paths: What stands after the name of the package.
 
     Example:
+        >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(logger=False, enable_checkpointing=False)
         >>> lightning_classes(trainer, "callbacks.LambdaCallback")
         (<class 'lightning.pytorch.callbacks.lambda_function.LambdaCallback'>,)
@@ -36,12 +35,12 @@ def lightning_classes(trainer: Trainer, *paths: str) -> tuple[type, ...]:
     return tuple(_find(trainer, path) for path in paths)
 
 
-def lightning_function(trainer: Trainer, path: str) -> Any:
+def lightning_function(trainer: object, path: str) -> Any:
     """Return a function of the package that a Trainer is of, likewise."""
     return _find(trainer, path)
 
 
-def _find(trainer: Trainer, path: str) -> Any:
+def _find(trainer: object, path: str) -> Any:
     modules = [base.__module__ for base in type(trainer).__mro__]
     is_older = any(m.startswith(f"{_OLDER}.") for m in modules)
     package = _OLDER if is_older else "lightning.pytorch"
