@@ -1,4 +1,4 @@
-"""EMA-Nesterov in the Trainer of Hugging Face's transformers: this class instead of its own."""
+"""EMA-Nesterov in the Trainer of Hugging Face's transformers: a class, and a callback."""
 
 from __future__ import annotations
 
@@ -36,3 +36,27 @@ class Trainer(transformers.Trainer):
         if "loss" in logs and self.handle.metrics is not None:
             logs = {**logs, **self.handle.metrics.as_scalars("")}
         super().log(logs, *args, **kwargs)
+
+
+class EMANesterovCallback(transformers.TrainerCallback):
+    """Likewise for any ``transformers.Trainer``, where the weights are in float32."""
+
+    def __init__(self, **ema_nesterov_args: Any) -> None:
+        self.ema_nesterov_args = ema_nesterov_args
+        self.handle: EMANesterovHandle | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach to what was prepared, and loaded."""
+        self.on_train_end(args, state, control)  # of a former call of train() that raised
+        self.handle = attach_ema_nesterov(
+            kwargs["optimizer"],
+            kwargs["model"],
+            total_steps=state.max_steps,
+            **self.ema_nesterov_args,
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Detach, with the parameters at the iterate."""
+        if self.handle is not None:
+            self.handle.detach()
+            self.handle = None

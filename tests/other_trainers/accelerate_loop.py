@@ -6,17 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DataLoaderConfiguration, DistributedType
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from lightning_ema_nesterov import attach_ema_nesterov
 from tests.other_trainers.problem import EMA_DECAY, Net, adamw, examples
+
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 NUM_STEPS = 8
 
@@ -25,24 +26,25 @@ def lr_factor(step_idx: int) -> float:
     return 1.0 - step_idx / 10
 
 
-def make_accelerator(strategy: str, accumulate: int) -> Accelerator:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()  # they outlive the Accelerator of another test
+def make_accelerator(strategy: str, accumulate: int) -> Any:
+    state = accelerate.state
+    for part in (state.AcceleratorState, state.GradientState, state.PartialState):
+        part._reset_state()  # they outlive the Accelerator of another test
     plugin = None
     if strategy == "fsdp2":
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    accelerator = Accelerator(
+        plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2)
+    accelerator = accelerate.Accelerator(
         cpu=True,
         gradient_accumulation_steps=accumulate,
         fsdp_plugin=plugin,
         # The processes share each batch, and the scheduler steps once for all of them.
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        dataloader_config=accelerate.DataLoaderConfiguration(split_batches=True),
     )
     if plugin is not None:
         # Accelerate shards on accelerators only: here it is told that it has some.
-        for state in (PartialState, AcceleratorState):
-            state._shared_state["distributed_type"] = DistributedType.FSDP
-        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        for part in (state.PartialState, state.AcceleratorState):
+            part._shared_state["distributed_type"] = accelerate.DistributedType.FSDP
+        state.AcceleratorState._shared_state["fsdp_plugin"] = plugin
     return accelerator
 
 
@@ -50,7 +52,12 @@ class Loop:
     """What is trained: everything prepared, then attached."""
 
     def __init__(
-        self, strategy: str = "one", *, accumulate: int = 1, dtype: Any = torch.float64, **kwargs: Any
+        self,
+        strategy: str = "one",
+        *,
+        accumulate: int = 1,
+        dtype: Any = torch.float64,
+        **kwargs: Any,
     ) -> None:
         self.accelerator = make_accelerator(strategy, accumulate)
         self.net = Net(dtype)
@@ -87,6 +94,8 @@ class Loop:
         self.eval_losses.append(float(gathered.mean()))
 
     def params(self) -> list[Tensor]:
+        if isinstance(self.net, FSDPModule):
+            self.net.reshard()  # an evaluation leaves the root gathered
         found = [p.detach() for p in self.net.parameters()]
         return [p.full_tensor() if isinstance(p, DTensor) else p.clone() for p in found]
 
@@ -103,7 +112,7 @@ def main(folder: Path, strategy: str, accumulate: str) -> None:
         "params": loop.params(),
         "resumed": resumed.params(),
         "eval_losses": loop.eval_losses,
-        "is_sharded": any(isinstance(p, DTensor) for p in loop.net.parameters()),
+        "is_sharded": isinstance(loop.net, FSDPModule),
     }
     if loop.accelerator.is_main_process:
         torch.save(result, folder / "result.pt")

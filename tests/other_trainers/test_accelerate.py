@@ -10,6 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from tests.other_trainers import processes
+from tests.other_trainers.accelerate_loop import NUM_STEPS, Loop, lr_factor
 from tests.other_trainers.problem import (
     STEP_SIZE,
     Net,
@@ -18,10 +19,6 @@ from tests.other_trainers.problem import (
     loss_at,
     oracle,
 )
-
-pytest.importorskip("accelerate", reason="accelerate is not installed")
-
-from tests.other_trainers.accelerate_loop import NUM_STEPS, Loop, lr_factor  # noqa: E402
 
 RUN: dict[str, Any] = {
     "step_size": lambda t: STEP_SIZE * lr_factor(t),

@@ -27,11 +27,11 @@ from tests.toys import (
     loader,
     make_trainer,
     momentum,
-    muon,
     relative_error,
     sgd,
     snapshot,
 )
+from tests.versions import muon
 
 NUM_STEPS = 12
 

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
     Callback,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     StochasticWeightAveraging,
@@ -40,6 +39,7 @@ from tests.toys import (
     snapshot,
     trajectory_of,
 )
+from tests.versions import EMAWeightAveraging
 
 
 @pytest.mark.parametrize("is_first", [False, True])
