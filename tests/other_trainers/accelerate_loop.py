@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -17,8 +17,6 @@ from torch.utils.data import DataLoader
 from lightning_ema_nesterov import attach_ema_nesterov
 from tests.other_trainers.problem import EMA_DECAY, Net, adamw, examples
 
-accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-
 NUM_STEPS = 8
 
 
@@ -27,6 +25,7 @@ def lr_factor(step_idx: int) -> float:
 
 
 def make_accelerator(strategy: str, accumulate: int) -> Any:
+    accelerate: Any = import_module("accelerate")  # is not in the environment of the other tests
     state = accelerate.state
     for part in (state.AcceleratorState, state.GradientState, state.PartialState):
         part._reset_state()  # they outlive the Accelerator of another test

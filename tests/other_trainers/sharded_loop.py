@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -17,6 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -97,7 +98,7 @@ class Loop:
             self.scheduler.step()
 
     def params(self) -> list[Tensor]:
-        return [p.detach().full_tensor() for p in self.model.parameters() if isinstance(p, DTensor)]
+        return [cast(DTensor, p.detach()).full_tensor() for p in self.model.parameters()]
 
 
 def main(folder: Path, form: str) -> None:

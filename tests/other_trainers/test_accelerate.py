@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from tests.other_trainers.problem import (
     check,
     loss_at,
     oracle,
+)
+
+pytestmark = pytest.mark.skipif(
+    find_spec("accelerate") is None, reason="accelerate is not installed"
 )
 
 RUN: dict[str, Any] = {

@@ -23,6 +23,7 @@ from tests.other_trainers.problem import (
 )
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 10
