@@ -19,6 +19,7 @@ from lightning_ema_nesterov.rules.make import DEFAULTS, Settings
 __all__ = ["EMANesterovHandle", "attach_ema_nesterov"]
 
 _STEPS_BEFORE_WARNING = 3
+_WRAPPERS = ("lightning.fabric.wrappers", "lightning_fabric.wrappers", "accelerate.optimizer")
 
 
 class EMANesterovHandle:
@@ -253,6 +254,6 @@ def _warn_of_what_is_odd(lookahead: Lookahead) -> None:
 def _without_wrapper(optimizer: Optimizer) -> Optimizer:
     # The wrappers of Fabric and Accelerate are not the optimizer; one that is an optimizer of its
     # own and holds another as `optimizer` is.
-    if type(optimizer).__module__ in ("lightning.fabric.wrappers", "accelerate.optimizer"):
+    if type(optimizer).__module__ in _WRAPPERS:
         return cast(Optimizer, cast(Any, optimizer).optimizer)
     return optimizer

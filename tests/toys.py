@@ -164,10 +164,6 @@ def momentum(params: Iterable[Tensor]) -> Optimizer:
     return torch.optim.SGD(params, lr=2e-2, momentum=0.9)
 
 
-def muon(params: Iterable[Tensor]) -> Optimizer:
-    return torch.optim.Muon(params, lr=1e-3)
-
-
 def make_trainer(
     callbacks: Callback | Sequence[Callback] = (), *, max_steps: int = -1, **kwargs: Any
 ) -> Trainer:

@@ -41,7 +41,9 @@ class Progress:
     """Steps and learning-rate references of one base optimizer, saved and loaded with it.
 
     They are in what ``optimizer.state_dict()`` returns. The optimizer's own parameter groups, which
-    others compare and copy, hold them only after :meth:`leave`.
+    others compare and copy, hold them after :meth:`leave`, and from a call of ``state_dict()`` to
+    the next step: ``set_optimizer_state_dict`` of torch loads a flattened state only where the
+    groups have it already.
 
     Args:
         base_optimizer: The optimizer.
@@ -64,6 +66,7 @@ class Progress:
         self.is_new = True
         self._step_idx = 0
         self._max_lrs: dict[int, float] = {}
+        self._is_in_groups = False
 
     @property
     def step_idx(self) -> int:
@@ -74,6 +77,7 @@ class Progress:
     def step_idx(self, value: int) -> None:
         self._step_idx = value
         self.is_new = False
+        self._clear_groups()
 
     def register(self) -> list[RemovableHandle]:
         """Register hooks for saving and loading; take what :meth:`leave` or a checkpoint left."""
@@ -88,6 +92,7 @@ class Progress:
     def leave(self) -> None:
         """Leave everything in the parameter groups, for checkpoints that are saved later."""
         self._write(self.base_optimizer.param_groups)
+        self._is_in_groups = False  # they stay
 
     def lr_ratio(self, group_idx: int) -> float:
         """Return the learning rate of a parameter group over its maximum, and follow the maximum.
@@ -110,6 +115,15 @@ class Progress:
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self._write(state_dict["param_groups"])
+        self._write(optimizer.param_groups)
+        self._is_in_groups = True
+
+    def _clear_groups(self) -> None:
+        if self._is_in_groups:
+            for group in self.base_optimizer.param_groups:
+                for key in (STEP_KEY, MAX_LR_KEY, DECAY_KEY, NAMES_KEY):
+                    group.pop(key, None)
+            self._is_in_groups = False
 
     def _write(self, groups: Sequence[dict[str, Any]]) -> None:
         groups[0][STEP_KEY] = _NO_STEP if self.is_new else self._step_idx

@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -23,6 +22,7 @@ from lightning_ema_nesterov.trainer.checkpoints import (
     keys_of_distributed_checkpoint,
     replace_as_a_whole,
 )
+from lightning_ema_nesterov.trainer.import_style import lightning_classes
 from lightning_ema_nesterov.trainer.questions import (
     callbacks_of,
     check_trainer,
@@ -94,9 +94,10 @@ class LookaheadCallback(Callback, ABC):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Go first in the list, after the tuners: every other callback then sees the iterate."""
-        tuners = [
-            c for c in callbacks_of(trainer) if isinstance(c, (LearningRateFinder, BatchSizeFinder))
-        ]
+        tuning = lightning_classes(
+            trainer, "callbacks.LearningRateFinder", "callbacks.BatchSizeFinder"
+        )
+        tuners = [c for c in callbacks_of(trainer) if isinstance(c, tuning)]
         others = [c for c in callbacks_of(trainer) if c is not self and c not in tuners]
         callbacks_of(trainer)[:] = [*tuners, self, *others]
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import (
-    GradientAccumulationScheduler,
-    LambdaCallback,
-    StochasticWeightAveraging,
-)
-from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR
 
 from lightning_ema_nesterov.core.sharding import Sharding
+from lightning_ema_nesterov.trainer.import_style import (
+    is_lightning,
+    lightning_classes,
+    lightning_function,
+)
 
 __all__ = [
     "callbacks_of",
@@ -33,6 +31,8 @@ __all__ = [
     "steps_per_global_step",
     "window_continues",
 ]
+
+_IS_OVERRIDDEN = "utilities.model_helpers.is_overridden"
 
 # Hooks between two micro-batches of one accumulation window, where users may read parameters.
 _CALLBACK_HOOKS_IN_WINDOW = ("on_train_batch_start", "on_train_batch_end")
@@ -76,12 +76,13 @@ def check_trainer(trainer: Trainer, name: str) -> None:
             f"{name} does not support {strategy}, which changes parameters outside the "
             "optimizer's step. Use DDP, FSDP or ModelParallelStrategy."
         )
-    if not trainer.optimizers or isinstance(trainer.optimizers[0], _MockOptimizer):
+    mock = lightning_classes(trainer, "core.optimizer._MockOptimizer")
+    if not trainer.optimizers or isinstance(trainer.optimizers[0], mock):
         raise MisconfigurationException(
             f"{name} needs an optimizer, and configure_optimizers() returned none."
         )
-    if isinstance(trainer.strategy, FSDPStrategy):
-        _check_fsdp(trainer, trainer.strategy, name)
+    if isinstance(trainer.strategy, lightning_classes(trainer, "strategies.FSDPStrategy")):
+        _check_fsdp(trainer, cast(FSDPStrategy, trainer.strategy), name)
 
 
 def _check_fsdp(trainer: Trainer, strategy: FSDPStrategy, name: str) -> None:
@@ -109,10 +110,12 @@ def max_lrs_of_schedulers(trainer: Trainer, optimizer: Optimizer) -> list[float]
 def estimate_total_steps(trainer: Trainer) -> int | None:
     """Return the steps of each base optimizer in the whole run; ``None`` if it has no known end."""
     estimate = trainer.estimated_stepping_batches
+    scheduling = lightning_classes(trainer, "callbacks.GradientAccumulationScheduler")
     for callback in callbacks_of(trainer):
-        if isinstance(callback, GradientAccumulationScheduler) and trainer.max_epochs != -1:
+        if isinstance(callback, scheduling) and trainer.max_epochs != -1:
+            accumulated = cast(Any, callback).get_accumulate_grad_batches
             estimate = sum(
-                -(-trainer.num_training_batches // callback.get_accumulate_grad_batches(epoch))
+                -(-trainer.num_training_batches // accumulated(epoch))
                 for epoch in range(trainer.max_epochs or 1)
             )
             estimate = min(estimate, trainer.max_steps) if trainer.max_steps != -1 else estimate
@@ -150,11 +153,12 @@ def is_watched_in_window(trainer: Trainer, own: Callback) -> bool:
         trainer: The Trainer.
         own: The callback that does not count.
     """
+    is_overridden = lightning_function(trainer, _IS_OVERRIDDEN)
     if any(is_overridden(hook, trainer.lightning_module) for hook in _MODULE_HOOKS_IN_WINDOW):
         return True
+    lambdas = lightning_classes(trainer, "callbacks.LambdaCallback")
     for callback in callbacks_of(trainer):
-        is_lightning = type(callback).__module__.startswith("lightning.")
-        is_foreign = not is_lightning or isinstance(callback, LambdaCallback)
+        is_foreign = not is_lightning(type(callback)) or isinstance(callback, lambdas)
         if callback is not own and is_foreign:
             for hook in _CALLBACK_HOOKS_IN_WINDOW:
                 # A hook may be a method of the class or, as in LambdaCallback, set on the instance.
@@ -175,12 +179,16 @@ def is_watched_between_steps(trainer: Trainer, own: Callback) -> bool:
     module = trainer.lightning_module
     others = [callback for callback in callbacks_of(trainer) if callback is not own]
     parts = [*others, trainer.strategy, trainer.precision_plugin]
+    is_overridden = lightning_function(trainer, _IS_OVERRIDDEN)
+    # They run the user's functions, or exchange parameters with averages.
+    meddling = lightning_classes(
+        trainer, "callbacks.LambdaCallback", "callbacks.StochasticWeightAveraging"
+    )
     return (
         not module.automatic_optimization
         or any(is_overridden(hook, module) for hook in _MODULE_HOOKS_BETWEEN_STEPS)
-        or any(not type(part).__module__.startswith("lightning.") for part in parts)
-        # They run the user's functions, or exchange parameters with averages.
-        or any(isinstance(c, (LambdaCallback, StochasticWeightAveraging)) for c in others)
+        or any(not is_lightning(type(part)) for part in parts)
+        or any(isinstance(c, meddling) for c in others)
         or any("WeightAveraging" in base.__name__ for c in others for base in type(c).__mro__)
     )
 

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from lightning_ema_nesterov import EMANesterov
 from tests.toys import Toy, adamw, ema_nesterov, equal, loader, make_trainer, snapshot
+from tests.versions import EMAWeightAveraging
 
 Point = Literal["iterate", "average"]
 

@@ -13,7 +13,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
@@ -23,6 +22,7 @@ from lightning_ema_nesterov.averages import average_checkpoint
 from lightning_ema_nesterov.core.equations import join_
 from lightning_ema_nesterov.rules import codecs, ema_joined
 from tests.toys import Manual, Toy, adamw, ema_nesterov, equal, loader, make_trainer, snapshot
+from tests.versions import EMAWeightAveraging
 
 
 class Evaluated(Toy):

@@ -140,6 +140,10 @@ def test_progress_is_saved_with_the_optimizer_and_not_in_its_groups() -> None:
     saved = optimizer.state_dict()
     assert saved["param_groups"][0][STEP_KEY] == 7
     assert saved["param_groups"][0][MAX_LR_KEY] == pytest.approx(0.4)
+    # set_optimizer_state_dict of torch loads a flattened state only where the groups have it.
+    assert set(optimizer.param_groups[0]) == {*keys, STEP_KEY, MAX_LR_KEY}
+    progress.step_idx += 1
+    assert set(optimizer.param_groups[0]) == keys
     other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     resumed = Progress(other)
     resumed.register()

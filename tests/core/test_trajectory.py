@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from tests.core import reference
 from tests.core.problem import Attach, direction, gradients, loss_of, start, train
-from tests.toys import MakeOptimizer, adamw, equal, momentum, muon, relative_error, sgd
+from tests.toys import MakeOptimizer, adamw, equal, momentum, relative_error, sgd
+from tests.versions import muon
 
 
 @pytest.mark.parametrize("make_optimizer", [sgd, momentum, adamw, muon])

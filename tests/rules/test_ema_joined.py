@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.optim import Optimizer
@@ -34,6 +35,7 @@ from tests.toys import (
     sgd,
     snapshot,
 )
+from tests.versions import EMAWeightAveraging
 
 SHAPES = [(330, 200), (33,), (256, 256), (3, 2**15)]  # all but the second are worth a kernel call
 
@@ -227,15 +229,15 @@ class Hooks(Toy):
     ("module", "callbacks", "expected"),
     [
         (Toy(adamw), [], True),
-        (Toy(adamw), [Watches()], False),
-        (Toy(adamw), [LambdaCallback()], False),
-        (Toy(adamw), [EMAWeightAveraging(decay=0.9)], False),
+        (Toy(adamw), [Watches], False),
+        (Toy(adamw), [LambdaCallback], False),
+        (Toy(adamw), [partial(EMAWeightAveraging, decay=0.9)], False),
         (Hooks(adamw), [], False),
         (Manual(), [], False),
     ],
 )
 def test_trainer_ends_late_where_nobody_can_look(
-    module: LightningModule, callbacks: list[Callback], expected: bool
+    module: LightningModule, callbacks: list[Callable[[], Callback]], expected: bool
 ) -> None:
     found = []
 
@@ -246,7 +248,8 @@ def test_trainer_ends_late_where_nobody_can_look(
     original = JoinedDirections.finish
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JoinedDirections, "finish", note)
-        make_trainer([ema_nesterov(compile=True), *callbacks], max_steps=2).fit(module, loader(2))
+        others = [make() for make in callbacks]
+        make_trainer([ema_nesterov(compile=True), *others], max_steps=2).fit(module, loader(2))
     assert found == [expected] * 2
 
 

@@ -27,11 +27,11 @@ from tests.toys import (
     loader,
     make_trainer,
     momentum,
-    muon,
     relative_error,
     sgd,
     snapshot,
 )
+from tests.versions import is_older_lightning, muon
 
 NUM_STEPS = 12
 
@@ -118,12 +118,16 @@ def test_resume_after_any_step_of_an_epoch(step: int, tmp_path: Path) -> None:
 
         batch = torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
 
-    def run(**kwargs: Any) -> Trainer:
+    def run(*callbacks: Callback, folder: str = "ours", **kwargs: Any) -> Trainer:
         checkpoint = ModelCheckpoint(
-            tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False
+            tmp_path / folder,
+            "{step}",
+            every_n_train_steps=1,
+            save_top_k=-1,
+            enable_version_counter=False,
         )
         trainer = make_trainer(
-            [scheduled_callback(), checkpoint],
+            [*callbacks, checkpoint],
             max_steps=NUM_STEPS,
             accumulate_grad_batches=2,
             enable_checkpointing=True,
@@ -131,8 +135,13 @@ def test_resume_after_any_step_of_an_epoch(step: int, tmp_path: Path) -> None:
         trainer.fit(OneBatch(adamw), loader(2 * NUM_STEPS), **kwargs)
         return trainer
 
-    whole = every_tensor(run())
-    resumed = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+    if is_older_lightning():
+        plain = run(folder="plain")
+        again = run(folder="plain", ckpt_path=tmp_path / "plain" / f"step={step}.ckpt")
+        if not equal(every_tensor(plain), every_tensor(again)):
+            pytest.skip("this Lightning does not resume exactly, with or without the callback")
+    whole = every_tensor(run(scheduled_callback()))
+    resumed = run(scheduled_callback(), ckpt_path=tmp_path / "ours" / f"step={step}.ckpt")
     assert resumed.global_step == NUM_STEPS
     assert equal(whole, every_tensor(resumed))
 

@@ -25,11 +25,11 @@ from tests.toys import (
     loader,
     lookahead_point,
     make_trainer,
-    muon,
     relative_error,
     sgd,
     snapshot,
 )
+from tests.versions import muon
 
 
 class InTurns(Optimizer):

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
     Callback,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     StochasticWeightAveraging,
@@ -40,6 +39,7 @@ from tests.toys import (
     snapshot,
     trajectory_of,
 )
+from tests.versions import EMAWeightAveraging, is_older_lightning
 
 
 @pytest.mark.parametrize("is_first", [False, True])
@@ -137,6 +137,8 @@ def test_learning_rate_finder_leaves_a_fresh_run(is_first: bool, tmp_path: Path)
     trainer.fit(module, loader(30))
     assert equal(recorder.params[0], snapshot(Tunable()))
     assert module.lr != 1e-4
+    if is_older_lightning() and trainer.optimizers[0].param_groups[0]["lr"] != module.lr:
+        pytest.skip("this Lightning does not give the optimizer the learning rate that it found")
     found = Toy(lambda params: torch.optim.AdamW(params, lr=module.lr))
     expected = trajectory_of(found, num_steps=5)[-1]
     untreated = trajectory_of(found, num_steps=5, step_size=lambda _: 0.0)[-1]

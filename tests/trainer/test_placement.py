@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from tests.toys import (
     snapshot,
     trajectory_of,
 )
+from tests.versions import EMAWeightAveraging
 
 OUTSIDE = (
     "on_train_batch_start",

@@ -31,12 +31,12 @@ from tests.toys import (
     loader,
     make_trainer,
     momentum,
-    muon,
     relative_error,
     sgd,
     snapshot,
     trajectory_of,
 )
+from tests.versions import muon
 
 
 def cosine(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
