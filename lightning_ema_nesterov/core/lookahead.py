@@ -101,7 +101,7 @@ class Lookahead:
         if self._handles:
             return self
         optimizer = self.base_optimizer
-        claim(optimizer, follows_module=self.follows_module)
+        claim(self)
         self._handles = [
             *self._hooks.register(),
             *self.progress.register(),

@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ema_nesterov.core.neighbours import rate_factor
+
 __all__ = [
     "DECAY_KEY",
     "MAX_LR_KEY",
@@ -100,7 +102,8 @@ class Progress:
             return 1.0
         max_lr = largest_lr(group, self._max_lrs.get(group_idx))
         self._max_lrs[group_idx] = max_lr
-        return float(group["lr"]) / max_lr if max_lr > 0 else 0.0
+        lr = float(group["lr"]) * rate_factor(self.base_optimizer)
+        return lr / max_lr if max_lr > 0 else 0.0
 
     def set_max_lr(self, group_idx: int, max_lr: float) -> None:
         """Set the reference of a group whose scheduler does not tell it, unless one was loaded."""
