@@ -118,6 +118,7 @@ class Lookahead:
             leaves_progress: Whether the parameter groups get what a later checkpoint needs.
         """
         self.retract()
+        self.rule.store.bring_back()
         if self._handles:
             release(self.base_optimizer)
             if leaves_progress:

@@ -56,7 +56,7 @@ def to_low_rank_(
         try:
             new[name] = _low_rank(linear, rank, alpha, sparsity)
         except ValueError as error:
-            raise ValueError(f"{name!r}: {error} Name the layers to replace in `layers`.") from None
+            raise ValueError(f"{name!r}: {error} Leave a layer out with `layers`.") from None
     for name, layer in new.items():
         module.set_submodule(name, layer)
     return [*new]
