@@ -57,8 +57,7 @@ def to_low_rank_(
             new[name] = _low_rank(linear, rank, alpha, sparsity)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error} Leave a layer out with `layers`.") from None
-    for name, layer in new.items():
-        module.set_submodule(name, layer)
+    _replace(module, {found[name]: layer for name, layer in new.items()})
     return [*new]
 
 
@@ -83,7 +82,8 @@ def to_dense_(module: nn.Module) -> list[str]:
         )
     """
     found = {name: m for name, m in module.named_modules() if isinstance(m, LowRankLinear)}
-    for name, layer in found.items():
+    new: dict[nn.Module, nn.Module] = {}
+    for layer in found.values():
         options = {"device": layer.B.device, "dtype": layer.B.dtype}
         linear = nn.Linear(
             layer.in_features, layer.out_features, bias=layer.bias is not None, **options
@@ -92,12 +92,21 @@ def to_dense_(module: nn.Module) -> list[str]:
             linear.weight.copy_(layer.dense_weight())
             if layer.bias is not None:
                 linear.bias.copy_(layer.bias)
-        module.set_submodule(name, linear.train(layer.training))
+        new[layer] = linear.train(layer.training)
+    _replace(module, new)
     return [*found]
 
 
+def _replace(module: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    # A wrapper may have its model twice, under two names.
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if child in new:
+                setattr(parent, name, new[child])
+
+
 def _find(module: nn.Module, layers: Iterable[str] | None) -> Mapping[str, nn.Linear]:
-    modules = dict(module.named_modules(remove_duplicate=False))
+    modules = dict(module.named_modules())
     linear = {name: m for name, m in modules.items() if type(m) is nn.Linear and name}
     if layers is not None:
         wanted = list(layers)
