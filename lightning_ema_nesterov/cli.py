@@ -83,8 +83,10 @@ def benchmark(
     if optimizers:
         with _extra("companions"):
             from lightning_ema_nesterov.experiments.benchmark.step_time import run_step_times
-        names, threads = _as_list(optimizers), _as_list(num_threads)[0]
-        return run_step_times(names, num_rounds, num_threads=threads, device=device, out=out)
+
+            names, threads = _as_list(optimizers), _as_list(num_threads)[0]
+            run_step_times(names, num_rounds, num_threads=threads, device=device, out=out)
+        return
     with _extra("litgpt"):
         from lightning_ema_nesterov.experiments.benchmark.run import run_benchmark
 
