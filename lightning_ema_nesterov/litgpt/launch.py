@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from lightning_ema_nesterov.litgpt.low_rank import convert_before_setup
+from lightning_ema_nesterov.litgpt.low_rank_models import convert_before_setup
 from lightning_ema_nesterov.litgpt.run import locals_of
 
 __all__ = ["STRATEGIES", "launch"]
