@@ -12,7 +12,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from lightning_ema_nesterov.version import __version__
 
-__all__ = ["average", "benchmark", "compare", "convex", "main", "pretrain", "quickstart", "report"]
+__all__ = ["average", "benchmark", "compare", "convex", "main", "memory", "pretrain"]
+__all__ += ["quickstart", "report"]
 
 _T = TypeVar("_T")
 
@@ -62,11 +63,13 @@ def benchmark(
     device: str = "cpu",
     models: list[str] | str | None = None,
     batch_size: int = 8,
+    optimizers: list[str] | str = [],  # noqa: B006
     out: Path = Path("out/benchmark.json"),
 ) -> None:
     """Measure what the method costs, against a straightforward form, a plain copy and AdamW.
 
     And what its average of the weights costs, against Lightning's EMAWeightAveraging.
+    With --optimizers: what steps of base optimizers cost, against AdamW's.
 
     Args:
         num_elements: Elements of all parameters together: a number, or a list like '[1000, 2000]'.
@@ -80,8 +83,17 @@ def benchmark(
         models: Models whose training steps in bfloat16 are measured too: 0.1M, 124M, 350M, 1B. By
             default the last three on a GPU, and none on a CPU.
         batch_size: Windows in such a step, at least 1: of 64 tokens for 0.1M, of 1,024 otherwise.
+        optimizers: all, or names as `ema-nesterov memory` prints them: time their steps instead, on
+            a LLaMA 60M with two blocks.
         out: JSON file for the figures.
     """
+    if optimizers:
+        with _extra("companions"):
+            from lightning_ema_nesterov.experiments.benchmark.step_time import run_step_times
+
+            names, threads = _as_list(optimizers), _as_list(num_threads)[0]
+            run_step_times(names, num_rounds, num_threads=threads, device=device, out=out)
+        return
     with _extra("litgpt"):
         from lightning_ema_nesterov.experiments.benchmark.run import run_benchmark
 
@@ -99,6 +111,25 @@ def benchmark(
             batch_size=batch_size,
             out=out,
         )
+
+
+def memory(
+    *,
+    sizes: list[str] | str = ["60M", "130M", "350M", "1B", "7B"],  # noqa: B006
+    optimizers: list[str] | str = ["all"],  # noqa: B006
+    out: Path = Path("out/memory.md"),
+) -> None:
+    """Measure what base optimizers keep for each parameter of LLaMA models, without their memory.
+
+    Args:
+        sizes: Of the models: 60M, 130M, 350M, 1B, 7B.
+        optimizers: all, or names as the table prints them.
+        out: Markdown file for the tables.
+    """
+    with _extra("companions"):
+        from lightning_ema_nesterov.experiments.benchmark.memory import run_memory
+
+        run_memory(_as_list(sizes), _as_list(optimizers), out)
 
 
 def compare(
@@ -208,6 +239,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "convex": (convex, "litgpt"),
     "pretrain": (pretrain, "litgpt"),
     "benchmark": (benchmark, "litgpt"),
+    "memory": (memory, "litgpt"),
 }
 """Each command, and the extra with the packages that it needs."""
 

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch.optim import Optimizer
 
-__all__ = ["check_params_are_free", "claim", "release"]
+if TYPE_CHECKING:
+    from lightning_ema_nesterov.core.lookahead import Lookahead
 
-# Of each optimizer with a method: whether the calls of a module move its parameters, and not an
-# owner that knows all methods of its run.
-_claims: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
+__all__ = ["check_params_are_free", "claim", "find_lookahead", "release"]
+
+# The method of each optimizer that has one. A method holds its optimizer, whose hooks hold it.
+_claims: WeakKeyDictionary[Optimizer, ReferenceType[Lookahead]] = WeakKeyDictionary()
 
 
-def claim(optimizer: Optimizer, *, follows_module: bool) -> None:
-    """Note that a method is attached to an optimizer.
+def find_lookahead(optimizer: Optimizer) -> Lookahead | None:
+    """Return the method that is attached to an optimizer, ``None`` if there is none."""
+    found = _claims.get(optimizer)
+    return None if found is None else found()
+
+
+def claim(lookahead: Lookahead) -> None:
+    """Note that a method is attached to its optimizer.
 
     Raises:
         RuntimeError: If one is attached to it already.
     """
+    optimizer = lookahead.base_optimizer
     if optimizer in _claims:
         raise RuntimeError(
             f"{type(optimizer).__qualname__} must have one lookahead method, and one is "
             "attached to it already. Detach that one, or make a new optimizer."
         )
-    _claims[optimizer] = follows_module
+    _claims[optimizer] = ref(lookahead)
 
 
 def release(optimizer: Optimizer) -> None:
@@ -44,8 +54,9 @@ def check_params_are_free(optimizer: Optimizer) -> None:
         RuntimeError: If they do.
     """
     own = {p for group in optimizer.param_groups for p in group["params"]}
-    for other, follows_module in _claims.items():
-        if other is optimizer or not follows_module:
+    for other in list(_claims):
+        lookahead = find_lookahead(other)
+        if other is optimizer or lookahead is None or not lookahead.follows_module:
             continue
         num_shared = sum(p in own for group in other.param_groups for p in group["params"])
         if num_shared:

@@ -101,7 +101,7 @@ class Lookahead:
         if self._handles:
             return self
         optimizer = self.base_optimizer
-        claim(optimizer, follows_module=self.follows_module)
+        claim(self)
         self._handles = [
             *self._hooks.register(),
             *self.progress.register(),
@@ -118,6 +118,7 @@ class Lookahead:
             leaves_progress: Whether the parameter groups get what a later checkpoint needs.
         """
         self.retract()
+        self.rule.store.bring_back()
         if self._handles:
             release(self.base_optimizer)
             if leaves_progress:

@@ -80,5 +80,5 @@ def _pack(flags: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, like: Tensor) -> Tensor:
-    octets = (packed[:, None] >> _bits(packed)) & 1
+    octets = (packed.unsqueeze(1) >> _bits(packed)) & 1
     return octets.view(-1)[: like.numel()].view(like.shape).bool()

@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ema_nesterov.core.neighbours import rate_factor
+
 __all__ = [
     "DECAY_KEY",
     "MAX_LR_KEY",
@@ -106,6 +108,7 @@ class Progress:
         lr = float(group["lr"])  # once: the host waits for a tensor on a GPU
         max_lr = largest_lr({**group, "lr": lr}, self._max_lrs.get(group_idx))
         self._max_lrs[group_idx] = max_lr
+        lr *= rate_factor(self.base_optimizer)
         return lr / max_lr if max_lr > 0 else 0.0
 
     def set_max_lr(self, group_idx: int, max_lr: float) -> None:

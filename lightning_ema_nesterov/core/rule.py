@@ -212,6 +212,17 @@ class LookaheadRule(ABC):
         """Return the part of a parameter's direction that this process holds."""
         return local(self.store.column([p]))[0]
 
+    @torch.no_grad()
+    def transform(self, p: Tensor, linear_map: Callable[[Tensor], Tensor]) -> None:
+        """Apply a linear map to what is kept of a parameter to which it is applied as well.
+
+        Args:
+            p: A parameter whose state is readable.
+            linear_map: Takes and returns a tensor of its shape in float64.
+        """
+        for tensor in self.store.tensors([p]):
+            tensor.copy_(linear_map(tensor.double()))
+
     def make_state_readable(self) -> None:
         """Have the state hold what its keys say, where an update that is under way changed it."""
         return

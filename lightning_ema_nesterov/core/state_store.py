@@ -43,6 +43,7 @@ class StateStore:
         self.keys = tuple(keys)
         self._loadable_keys = tuple(loadable_keys) or self.keys
         self._loaded: list[State] = []
+        self._aside: dict[Tensor, State] = {}
 
     def all_params(self) -> list[Tensor]:
         """Return all parameters of the base optimizer, in its order."""
@@ -50,8 +51,13 @@ class StateStore:
 
     def has(self, p: Tensor) -> bool:
         """Return whether a parameter has its tensors."""
+        return self.keys[0] in self.state_of(p)
+
+    def state_of(self, p: Tensor) -> State:
+        """Return the state that holds a parameter's tensors, to be read; empty if there is none."""
         # `state` is a defaultdict: indexing it would give every parameter an empty state.
-        return self.keys[0] in self.base_optimizer.state.get(p, {})
+        state: State = self._aside.get(p) or self.base_optimizer.state.get(p, {})
+        return state
 
     def known_params(self) -> list[Tensor]:
         """Return all parameters that have their tensors."""
@@ -59,16 +65,29 @@ class StateStore:
 
     def column(self, params: Iterable[Tensor], key: str = "") -> list[Tensor]:
         """Return one tensor of each parameter; without a key the first."""
-        return [self.base_optimizer.state[p][key or self.keys[0]] for p in params]
+        return [self.state_of(p)[key or self.keys[0]] for p in params]
 
     def tensors(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Return every tensor that parameters have."""
-        states = [self.base_optimizer.state.get(p, {}) for p in params]
+        states = [self.state_of(p) for p in params]
         return [state[key] for state in states for key in self.keys if key in state]
 
     def put(self, p: Tensor, state: State) -> None:
         """Set tensors of a parameter."""
-        self.base_optimizer.state[p].update(state)
+        (self._aside[p] if p in self._aside else self.base_optimizer.state[p]).update(state)
+
+    def set_aside(self, params: Iterable[Tensor]) -> None:
+        """Keep tensors out of the optimizer's state, so that it can find one that is empty."""
+        for p in params:
+            if self.has(p):
+                state = self.base_optimizer.state[p]
+                self._aside[p] = {key: state.pop(key) for key in self.keys if key in state}
+
+    def bring_back(self) -> None:
+        """Put back into the optimizer's state what :meth:`set_aside` took out."""
+        for p, state in self._aside.items():
+            self.base_optimizer.state[p].update(state)
+        self._aside = {}
 
     def follow_params(self) -> None:
         """Move the tensors to the devices of their parameters: the Trainer moves them after fit."""

@@ -12,8 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ema_nesterov.attach import EMANesterovHandle, attach_ema_nesterov
-from lightning_ema_nesterov.litgpt.run import LitGPTRun, find_module
-from lightning_ema_nesterov.optimizers.from_config import build_optimizer, check_place, yaml_key
+from lightning_ema_nesterov.litgpt.run import LitGPTRun
+from lightning_ema_nesterov.optimizers.from_config import (
+    build_optimizer,
+    check_place,
+    find_module,
+    yaml_key,
+)
 from lightning_ema_nesterov.rules.make import DEFAULTS
 
 __all__ = ["ema_nesterov"]
@@ -21,7 +26,9 @@ __all__ = ["ema_nesterov"]
 # Inside by_role it would move a part of the model, inside itself all of it twice.
 _PLACES = {
     "optimizer": "the outermost (optimizer.class_path)",
-    "optimizer.init_args.optimizer": "directly inside warmup_stable_decay",
+    "optimizer.init_args.optimizer": "directly inside warmup_stable_decay or momentum_reset",
+    "optimizer.init_args.trained_by": "directly inside low_rank",
+    "optimizer.init_args.trained_by.init_args.optimizer": "inside warmup_stable_decay in low_rank",
 }
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from lightning_ema_nesterov.litgpt.low_rank_models import convert_before_setup
 from lightning_ema_nesterov.litgpt.run import locals_of
 
 __all__ = ["STRATEGIES", "launch"]
@@ -44,7 +45,21 @@ def launch(arguments: Sequence[str]) -> None:
     os.environ[_STRATEGY_VARIABLE] = options.strategy
     sys.argv[1:] = ["pretrain", *rest]
     cast(Any, pretrain).FSDPStrategy = _InsteadOfFSDP1
+    if options.strategy == "ddp":
+        _initialize_and_convert()
     litgpt.__main__.main()
+
+
+def _initialize_and_convert() -> None:
+    """Have LitGPT make low-rank layers where it has made and not yet wrapped the model."""
+    initialize_weights = pretrain.initialize_weights
+
+    def initialize_then_convert(fabric: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        initialize_weights(fabric, model, *args, **kwargs)
+        run = cast(dict[str, Any], locals_of(pretrain.main))
+        convert_before_setup(model, run["optimizer"])
+
+    cast(Any, pretrain).initialize_weights = initialize_then_convert
 
 
 class _InsteadOfFSDP1:

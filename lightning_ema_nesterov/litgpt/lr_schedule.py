@@ -9,11 +9,21 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ema_nesterov.core.checks import check_duration
-from lightning_ema_nesterov.litgpt.run import LitGPTRun, find_module
-from lightning_ema_nesterov.optimizers.from_config import build_optimizer, check_place, yaml_key
+from lightning_ema_nesterov.litgpt.run import LitGPTRun
+from lightning_ema_nesterov.optimizers.from_config import (
+    build_optimizer,
+    check_place,
+    find_module,
+    yaml_key,
+)
 from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
 
 __all__ = ["warmup_stable_decay"]
+
+_PLACES = {
+    "optimizer": "the outermost (optimizer.class_path)",
+    "optimizer.init_args.trained_by": "directly inside low_rank",
+}
 
 
 def warmup_stable_decay(
@@ -52,7 +62,7 @@ def warmup_stable_decay(
         ValueError: If an argument is out of its range, or if another function names this one.
     """
     # Inside another function it would set the learning rate after the lookahead has read it.
-    check_place("warmup_stable_decay", {"optimizer": "the outermost (optimizer.class_path)"})
+    check_place("warmup_stable_decay", _PLACES)
     check_duration(yaml_key("decay"), decay)
     run, module = LitGPTRun.find(), find_module(params)
     if run is None or module is None:

@@ -10,8 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_ema_nesterov.litgpt.run import find_module
-from lightning_ema_nesterov.optimizers.from_config import build_optimizer
+from lightning_ema_nesterov.optimizers.from_config import build_optimizer, find_module
 from lightning_ema_nesterov.optimizers.per_role import OptimizerPerRole
 from lightning_ema_nesterov.optimizers.roles import groups_by_role
 

@@ -13,9 +13,8 @@ from lightning.fabric import Fabric
 from litgpt import pretrain
 from litgpt.args import TrainArgs
 from torch import nn
-from torch.optim.optimizer import ParamsT
 
-__all__ = ["LitGPTRun", "find_module", "locals_of"]
+__all__ = ["LitGPTRun", "locals_of"]
 
 
 @dataclass(frozen=True)
@@ -119,18 +118,6 @@ class LitGPTRun:
             log_dict({**metrics, **scalars()} if is_training else metrics, step)
 
         self.fabric.log_dict = log_more  # type: ignore[method-assign]  # of this object only
-
-
-def find_module(params: ParamsT) -> nn.Module | None:
-    """Return the module whose ``parameters()`` these are, ``None`` if that cannot be told.
-
-    Args:
-        params: What LitGPT gives an optimizer: a generator that nobody has read from.
-    """
-    if not inspect.isgenerator(params):
-        return None
-    module = inspect.getgeneratorlocals(params).get("self")
-    return module if isinstance(module, nn.Module) else None
 
 
 def locals_of(function: FunctionType) -> dict[str, Any] | None:

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_ema_nesterov.optimizers.roles import ROLES
+from lightning_ema_nesterov.optimizers.from_config import find_module, is_named_in_yaml
+from lightning_ema_nesterov.optimizers.roles import ROLES, groups_by_role
 from lightning_ema_nesterov.optimizers.shards import is_sharded, local
 
 __all__ = [
@@ -32,7 +33,8 @@ class LeanOptimizer(Optimizer):
     """An optimizer whose rule depends on the role of a parameter, with tensors as its only state.
 
     Args:
-        params: Groups with the key ``role``, as :func:`groups_by_role` makes them.
+        params: Groups with the key ``role``, as :func:`groups_by_role` makes them. A YAML of LitGPT
+            that names the optimizer gives ``model.parameters()``: then they are made here.
         defaults: Options of groups that do not have their own.
 
     Raises:
@@ -48,7 +50,8 @@ class LeanOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._check_options(defaults, "")
-        super().__init__(params, defaults)
+        module = find_module(params) if is_named_in_yaml() else None
+        super().__init__(params if module is None else groups_by_role(module), defaults)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:

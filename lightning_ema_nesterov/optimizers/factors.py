@@ -39,10 +39,12 @@ def new_factors(
         B of shape (p, r) and A of shape (r, q).
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
+    left = torch.zeros(shape[0], rank, dtype=dtype, device=like.device)
+    if like.is_meta:  # only shapes are wanted
+        return left, left.new_empty(rank, shape[1])
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(shape[1], rank, generator=generator, dtype=torch.float64)
-    right = torch.linalg.qr(drawn).Q.mT.contiguous().to(like.device, dtype)
-    return torch.zeros(shape[0], rank, dtype=dtype, device=like.device), right
+    return left, torch.linalg.qr(drawn).Q.mT.contiguous().to(like.device, dtype)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

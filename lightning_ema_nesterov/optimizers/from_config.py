@@ -3,24 +3,62 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-__all__ = ["build_optimizer", "check_place", "import_optimizer", "yaml_key"]
+__all__ = [
+    "build_optimizer",
+    "check_place",
+    "find_module",
+    "import_optimizer",
+    "is_named_in_yaml",
+    "yaml_key",
+]
 
 # Where in the YAML the function stands that is being called: functions name optimizers in turn.
-_place: ContextVar[str] = ContextVar("_place", default="optimizer")
+_OUTERMOST = "optimizer"
+_place: ContextVar[str] = ContextVar("_place", default=_OUTERMOST)
 
 
 def yaml_key(argument: str) -> str:
     """Return where in the YAML an argument of the function stands that is being called."""
     return f"{_place.get()}.init_args.{argument}"
+
+
+def is_named_in_yaml() -> bool:
+    """Whether an optimizer is being made for a YAML, by a function here or by LitGPT's own."""
+    if _place.get() != _OUTERMOST:
+        return True
+    code = getattr(_litgpts_function(), "__code__", None)
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _litgpts_function() -> object:
+    # It calls the class that `optimizer.class_path` names with nothing but model.parameters().
+    return getattr(sys.modules.get("litgpt.utils"), "instantiate_torch_optimizer", None)
+
+
+def find_module(params: ParamsT) -> nn.Module | None:
+    """Return the module whose ``parameters()`` these are, ``None`` if that cannot be told.
+
+    Args:
+        params: What LitGPT gives an optimizer: a generator that nobody has read from.
+    """
+    if not inspect.isgenerator(params):
+        return None
+    module = inspect.getgeneratorlocals(params).get("self")
+    return module if isinstance(module, nn.Module) else None
 
 
 def check_place(function: str, allowed: Mapping[str, str]) -> None:

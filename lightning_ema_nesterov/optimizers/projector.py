@@ -118,6 +118,8 @@ class Projector:
     def _random(self, gradient: Tensor, seed: int) -> Tensor:
         rows, columns = gradient.shape
         shape = (self.rank, columns) if self.is_right(gradient.shape) else (rows, self.rank)
+        if gradient.is_meta:  # which has no generator: only shapes are wanted
+            return gradient.new_empty(shape)
         generator = torch.Generator(gradient.device).manual_seed(seed)
         drawn = torch.randn(shape, generator=generator, device=gradient.device)
         return (drawn / math.sqrt(self.rank)).to(gradient.dtype)

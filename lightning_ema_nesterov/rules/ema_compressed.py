@@ -126,6 +126,14 @@ class CompressedDirections(LookaheadRule):
 
     @override
     @torch.no_grad()
+    def transform(self, p: Tensor, linear_map: Callable[[Tensor], Tensor]) -> None:
+        codec, stored = self.codec(p), self.store.tensors([p])
+        if stored:
+            m = codec.read(stored)
+            codec.write_(stored, linear_map(m.double()).to(m.dtype), noise=None)
+
+    @override
+    @torch.no_grad()
     def restore(self, p: Tensor, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
         codec = self.codec(p)
         tensors = [loaded[key].to(p.device) for key in self.keys if key in loaded]

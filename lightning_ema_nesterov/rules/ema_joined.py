@@ -171,7 +171,7 @@ class JoinedDirections(EMADirections):
     def _drop_replaced(self) -> None:
         # Whoever loads or clears the optimizer's state has ended its updates.
         def is_there(p: Tensor, fold: Tensor) -> bool:
-            return self.base_optimizer.state.get(p, {}).get(DIRECTION_KEY) is fold
+            return self.store.state_of(p).get(DIRECTION_KEY) is fold
 
         self._late = {p: fold for p, fold in self._late.items() if is_there(p, fold)}
         self._begun = {p: pair for p, pair in self._begun.items() if is_there(p, pair[0])}

@@ -18,6 +18,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 GENERIC = RECIPES / "ema_nesterov.yaml"
 SCHEDULE = "lightning_ema_nesterov.litgpt.warmup_stable_decay"
 EMA_NESTEROV = "lightning_ema_nesterov.litgpt.ema_nesterov"
+LOW_RANK = "lightning_ema_nesterov.litgpt.low_rank"
 BY_ROLE = "lightning_ema_nesterov.litgpt.by_role"
 
 
@@ -52,7 +53,11 @@ EXPECTED = {
             parameters=parameters,
             tokens_per_step=256 * num_sequences,
             num_steps=num_steps,
-            baseline_of={"ema_nesterov": "base", "ema_nesterov_adamw": "adamw"},
+            baseline_of={
+                "ema_nesterov": "base",
+                "ema_nesterov_adamw": "adamw",
+                "ema_nesterov_scale": "scale",
+            },
         )
         for name, parameters, num_sequences, num_steps in [
             ("llama-60m", 58_073_600, 2_048, 2_500),

@@ -19,12 +19,14 @@ from litgpt import Config, pretrain
 from torch import Tensor, nn
 
 from lightning_ema_nesterov.litgpt import StdlibBytes, TextBytes, TokenShards
+from lightning_ema_nesterov.low_rank import LowRankLinear
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
 from tests.litgpt.recipe_files import (
     BY_ROLE,
     EMA_NESTEROV,
     EXPECTED,
     FORMS,
+    LOW_RANK,
     RECIPES,
     cases,
     files_of,
@@ -34,8 +36,10 @@ from tests.litgpt.recipe_files import (
     read,
 )
 
-# What the optimizer of the hidden matrices keeps, and no other optimizer here.
-STATE_OF = {
+# What the optimizer of the hidden matrices keeps, and no other optimizer here; SCALE keeps nothing.
+STATE_OF: dict[str, str | None] = {
+    "lightning_ema_nesterov.optimizers.SCALE": None,
+    "lightning_ema_nesterov.optimizers.APOLLO": "seed",
     "torch.optim.AdamW": "exp_avg_sq",
     "torch.optim.Muon": "momentum_buffer",
     "pytorch_optimizer.NorMuon": "second_momentum_buffer",
@@ -73,12 +77,22 @@ def shrunk_optimizer(spec: Any, factor: float) -> Any:
     """Scale the counts of steps; nothing else changes."""
     if not isinstance(spec, Mapping):
         return spec
-    return {
-        key: round(value * factor)
-        if key in {"decay", "warmup", "rest"} and isinstance(value, int)
-        else shrunk_optimizer(value, factor)
-        for key, value in spec.items()
-    }
+    return {key: _shrunk(key, value, factor) for key, value in spec.items()}
+
+
+# Restarts come after the first of two steps, and ranks fit a width of 32.
+SMALL = {
+    "every_n_steps": 1,
+    "recovery_steps": 1,
+    "refactorize_every_n_steps": 1,
+    "rank": 4,
+}
+
+
+def _shrunk(key: str, value: Any, factor: float) -> Any:
+    if key in {"decay", "warmup", "rest"} and isinstance(value, int):
+        return round(value * factor)
+    return SMALL[key] if key in SMALL else shrunk_optimizer(value, factor)
 
 
 def shrunk_model(name: str) -> Config:
@@ -202,10 +216,18 @@ def test_two_steps_train_every_parameter_with_the_optimizer_of_its_role(
     hidden = roles["hidden_matrices"]["class_path"] if roles else plain
     others = roles["others"]["class_path"] if roles else plain
     assert run.lrs[0] == specs[hidden]["lr"]
+    is_low_rank = any(isinstance(m, LowRankLinear) for m in run.model.modules())
+    assert is_low_rank == (LOW_RANK in specs)
     for key, p in run.model.named_parameters():
         assert not torch.equal(p, run.before[key]), key
         is_hidden = ".h." in key and p.ndim == 2
-        assert STATE_OF[hidden if is_hidden else others] in run.state[p], key
+        kept = STATE_OF[hidden if is_hidden else others]
+        if not is_hidden and plain.startswith("lightning_ema_nesterov.optimizers."):
+            kept = {"SCALE": {"lm_head": "momentum_buffer", "wte": None}}.get(
+                plain.rpartition(".")[2], {}
+            ).get(key.split(".")[-2], "exp_avg_sq")
+        own = {k for k in run.state[p] if not k.startswith("ema_nesterov")}
+        assert (kept in own) if kept else not own, key
 
 
 @pytest.mark.parametrize(("name", "form"), cases(*FORMS))

@@ -108,7 +108,7 @@ def measure_averages(
     num_bytes = 4 * sum(torch.Size(shape).numel() for shape in shapes)
     costs = []
     for name, case in cases.items():
-        peak = peak_bytes(case.enter)
+        peak = peak_bytes(case.enter, device)
         case.leave()
         costs.append(
             AverageCost(
