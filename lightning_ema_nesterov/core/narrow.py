@@ -36,10 +36,12 @@ def extrapolate_reversibly_(iterate: Tensor, ema_direction: Tensor, *, step_size
         Which elements did not move, one bit each, for :func:`retract_exactly_`.
 
     Example:
-        >>> x, m = torch.tensor([2.0, 3.0]).bfloat16(), torch.tensor([-0.02, -0.02])
+        >>> x, m = torch.tensor([2.0, 3.0]).bfloat16(), torch.tensor([0.01, -0.04])
         >>> stays = extrapolate_reversibly_(x, m, step_size=0.5)
-        >>> x  # below 2 are numbers that are nearer together, and more than one leads to 2 - 1/128
+        >>> x  # 2.005 is rounded to 2
         tensor([2.0000, 2.9844], dtype=torch.bfloat16)
+        >>> x - (0.5 * m).bfloat16()  # below 2 numbers are nearer together
+        tensor([1.9922, 3.0000], dtype=torch.bfloat16)
         >>> retract_exactly_(x, m, stays, step_size=0.5)
         >>> x
         tensor([2., 3.], dtype=torch.bfloat16)
