@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -10,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from lightning_ema_nesterov.averages.command import average, run_average
 from lightning_ema_nesterov.version import __version__
 
-__all__ = ["average", "benchmark", "compare", "convex", "main", "memory", "pretrain"]
-__all__ += ["quickstart", "report"]
+__all__ = ["benchmark", "compare", "convex", "main", "memory", "pretrain", "quickstart", "report"]
 
 _T = TypeVar("_T")
 
@@ -185,20 +184,6 @@ def report(study_dir: Path) -> None:
     write_report(study_dir)
 
 
-def average(source: Path, target: Path, *, share: float = 1.0) -> None:
-    """Write the average of the weights that a checkpoint made with EMA-Nesterov holds.
-
-    Args:
-        source: A .ckpt file or a distributed folder of the Trainer, a lit_model.pth of LitGPT, or a
-            file or a distributed folder of a loop of your own. It is unpickled: trust it.
-        target: File to write. It loads where the source's weights load.
-        share: Share of the way from the last weights to their average, in [0, 1].
-    """
-    from lightning_ema_nesterov.averages import average_checkpoint
-
-    average_checkpoint(source, target, share)
-
-
 def pretrain(*, strategy: Literal["ddp", "fsdp2"] = "ddp") -> None:
     """Run `litgpt pretrain` with DDP or FSDP2 on several devices; it has all of its options.
 
@@ -211,24 +196,6 @@ def _pretrain(arguments: list[str]) -> None:
     with _extra("litgpt"):
         from lightning_ema_nesterov.litgpt.launch import launch
     launch(arguments)
-
-
-def _average(arguments: list[str]) -> None:
-    """Read the arguments of :func:`average` without a package that an extra installs."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            self.exit(2, f"ema-nesterov: {message}\nOptions: {self.prog} --help\n")
-
-    summary, _, described = (average.__doc__ or "").partition("Args:")
-    texts = dict(re.findall(r"(\w+): ((?:.|\n {12})+)", described))
-    parser = Parser(prog="ema-nesterov average", description=summary)
-    for name, kind in (("source", Path), ("target", Path)):
-        parser.add_argument(name, type=kind, help=" ".join(texts[name].split()))
-    parser.add_argument(
-        "--share", type=float, default=1.0, help=" ".join(texts["share"].split()) + " (default: 1)"
-    )
-    average(**vars(parser.parse_args(arguments)))
 
 
 _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
@@ -313,7 +280,7 @@ def main() -> None:
     else:
         try:
             if arguments[:1] == ["average"]:
-                _average(arguments[1:])
+                run_average(arguments[1:])
             else:
                 _run(arguments)
         except (FileExistsError, FileNotFoundError, ValueError) as error:
