@@ -8,21 +8,21 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from lightning_ema_nesterov.core.lookahead import Lookahead
+    from lightning_ema_nesterov.core import lookahead as method
 
 __all__ = ["check_params_are_free", "claim", "find_lookahead", "release"]
 
 # The method of each optimizer that has one. A method holds its optimizer, whose hooks hold it.
-_claims: WeakKeyDictionary[Optimizer, ReferenceType[Lookahead]] = WeakKeyDictionary()
+_claims: WeakKeyDictionary[Optimizer, ReferenceType[method.Lookahead]] = WeakKeyDictionary()
 
 
-def find_lookahead(optimizer: Optimizer) -> Lookahead | None:
+def find_lookahead(optimizer: Optimizer) -> method.Lookahead | None:
     """Return the method that is attached to an optimizer, ``None`` if there is none."""
     found = _claims.get(optimizer)
     return None if found is None else found()
 
 
-def claim(lookahead: Lookahead) -> None:
+def claim(lookahead: method.Lookahead) -> None:
     """Note that a method is attached to its optimizer.
 
     Raises:
