@@ -94,6 +94,8 @@ def _check_base(base: BaseOptimizer, key: str) -> None:
 def _check_method(method: MethodSpec, key: str, num_steps: int) -> None:
     if method.lr_decay is not None:
         _check_fraction(method.lr_decay, f"{key}.lr_decay")
+    if not all(0 < lr < math.inf for lr in method.lrs):
+        raise ValueError(f"{key}.lrs must be learning rates above 0, got {method.lrs}.")
     if method.class_path is None:
         return
     found: Callable[..., object] = find_class(method.class_path, key)

@@ -31,8 +31,10 @@ from lightning_ema_nesterov.experiments.study.results import (
     STEP_SECONDS,
 )
 from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, ClassSpec, Run, Study
-from lightning_ema_nesterov.optimizers.from_config import build_optimizer
+from lightning_ema_nesterov.optimizers.base import LeanOptimizer
+from lightning_ema_nesterov.optimizers.from_config import build_optimizer, import_optimizer
 from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
+from lightning_ema_nesterov.optimizers.roles import groups_by_role
 
 __all__ = ["train_run"]
 
@@ -107,7 +109,10 @@ def _set_optimizer(model: LightningModule, study: Study, run: Run) -> None:
 
 def _make_optimizer(spec: BaseOptimizer, lr: float, model: nn.Module) -> Optimizer:
     named = {"class_path": spec.class_path, "init_args": spec.init_args}
-    optimizer = build_optimizer(named, model.parameters(), argument="base_optimizers")
+    factory = import_optimizer(spec.class_path, "base_optimizers")
+    has_roles = isinstance(factory, type) and issubclass(factory, LeanOptimizer)
+    params = groups_by_role(model) if has_roles else model.parameters()
+    optimizer = build_optimizer(named, params, argument="base_optimizers")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr"] / optimizer.defaults["lr"]
     return optimizer
