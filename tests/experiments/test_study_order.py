@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,12 +49,13 @@ def test_baseline_at_the_gain_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_method_may_have_learning_rates_of_its_own(tmp_path: Path) -> None:
-    methods = {"ema": EMA, "longer": {"class_path": "EMANesterov", "lrs": [0.3], "bases": ["sgd"]}}
+    longer: dict[str, Any] = {"class_path": "EMANesterov", "lrs": [0.3], "bases": ["sgd"]}
+    methods = {"ema": EMA, "longer": longer}
     path = write(tmp_path, base_optimizers=BASES, methods=methods, seeds=[0])
     runs = load_study(path).runs()
     assert [(r.base, r.lr) for r in runs if r.method == "longer"] == [("sgd", 0.3)]
     assert Run("sgd", "none", 0.6, 0) in runs
-    methods["longer"]["lrs"] = [0.3, -0.1]
+    longer["lrs"] = [0.3, -0.1]
     with pytest.raises(ValueError, match=r"methods\.longer\.lrs must be learning rates above 0"):
         load_study(write(tmp_path, base_optimizers=BASES, methods=methods))
 
