@@ -11,7 +11,7 @@ import yaml
 
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer, import_optimizer
-from tests.toys import Toy, adamw
+from tests.litgpt.language import Language
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -64,7 +64,7 @@ def test_yaml_examples_name_what_there_is(page: Path) -> None:
             spec = config["optimizer"]
             if spec["class_path"] == "lightning_ema_nesterov.litgpt.ema_nesterov":
                 spec["init_args"]["total_steps"] = 100  # LitGPT tells it
-            optimizer = build_optimizer(spec, Toy(adamw).parameters(), argument="optimizer")
+            optimizer = build_optimizer(spec, Language().parameters(), argument="optimizer")
             assert type(optimizer) is import_optimizer(spec["init_args"]["base"]["class_path"], "")
 
 

@@ -10,10 +10,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from lightning_ema_nesterov import EMANesterov
+from lightning_ema_nesterov.core.checks import check_step_size
 from lightning_ema_nesterov.experiments.advice import without_advice
 from lightning_ema_nesterov.experiments.study.classes import check_arguments, find_class
 from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, MethodSpec, Study
 from lightning_ema_nesterov.optimizers.from_config import import_optimizer
+from lightning_ema_nesterov.optimizers.roles import ROLES
 
 __all__ = ["check_study"]
 
@@ -102,10 +104,25 @@ def _check_method(method: MethodSpec, key: str, num_steps: int) -> None:
     check_arguments(found, method.init_args, key)
     try:
         callback = found(**method.init_args)  # says what is out of its range
+        if method.lookahead_step_size_by_role:
+            _check_roles(method, callback)
         if isinstance(callback, EMANesterov):
             callback.settings.schedule(callback.settings.total_steps or num_steps)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key}: {error}") from error
+
+
+def _check_roles(method: MethodSpec, callback: object) -> None:
+    if not isinstance(callback, EMANesterov):
+        raise ValueError(
+            f"lookahead_step_size_by_role must go with EMANesterov, got {type(callback).__name__}."
+        )
+    for role, step_size in method.lookahead_step_size_by_role.items():
+        if role not in ROLES:
+            raise ValueError(
+                f"lookahead_step_size_by_role must have roles, {ROLES}, as its keys, got {role!r}."
+            )
+        check_step_size(f"lookahead_step_size_by_role.{role}", step_size)
 
 
 def _check_names(known: Mapping[str, object], used: Sequence[Sequence[str]], key: str) -> None:

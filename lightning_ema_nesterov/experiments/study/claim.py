@@ -85,7 +85,8 @@ def _definitions(config: Mapping[str, Any], base: str, method: str) -> dict[str,
     if method in config["methods"]:
         spec = config["methods"][method]
         deciding = {k: spec.get(k) for k in ("class_path", "init_args", "lr_decay")}
-        found[f"methods.{method}"] = deciding
+        by_role = spec.get("lookahead_step_size_by_role") or {}  # former versions have none
+        found[f"methods.{method}"] = {**deciding, "by_role": by_role}
     return found
 
 

@@ -96,6 +96,8 @@ class MethodSpec:
         grid: Values of further arguments. Each combination is a method of its own.
         bases: Names of the base optimizers that it is for; empty for all.
         lrs: Peak learning rates to try, above 0; empty for those of the base optimizer.
+        lookahead_step_size_by_role: For EMANesterov, other step sizes for the parameters of a role,
+            as for ``litgpt.ema_nesterov``.
         lr_decay: Fraction of the run in which the learning rate falls, in [0, 1]; ``None``: that of
             the base optimizer.
     """
@@ -105,6 +107,7 @@ class MethodSpec:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     bases: list[str] = field(default_factory=list)
     lrs: list[float] = field(default_factory=list)
+    lookahead_step_size_by_role: dict[str, float] = field(default_factory=dict)
     lr_decay: float | None = None
 
     @property

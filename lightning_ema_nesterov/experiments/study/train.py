@@ -31,6 +31,7 @@ from lightning_ema_nesterov.experiments.study.results import (
     STEP_SECONDS,
 )
 from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, ClassSpec, Run, Study
+from lightning_ema_nesterov.litgpt.roles import set_step_sizes
 from lightning_ema_nesterov.optimizers.base import LeanOptimizer
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer, import_optimizer
 from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
@@ -98,6 +99,9 @@ def _set_optimizer(model: LightningModule, study: Study, run: Run) -> None:
 
     def configure_optimizers() -> Any:
         optimizer = _make_optimizer(spec, run.lr, model)
+        by_role = study.methods[run.method].lookahead_step_size_by_role
+        if by_role:
+            set_step_sizes(optimizer, model, by_role, argument="lookahead_step_size_by_role")
         scheduler = LambdaLR(optimizer, lambda step_idx: schedule.lr_at(step_idx))
         return {
             "optimizer": optimizer,
