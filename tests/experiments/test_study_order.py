@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 
 from lightning_ema_nesterov.experiments.study.claim import claim
 from lightning_ema_nesterov.experiments.study.load import load_study
+from lightning_ema_nesterov.experiments.study.results import read_event_folder
 from lightning_ema_nesterov.experiments.study.spec import Run, Study
 from lightning_ema_nesterov.experiments.study.train import train_run
+from lightning_ema_nesterov.optimizers.roles import ROLES
 from tests.experiments.toys import STUDIES, write
 
 BASES = {
@@ -120,3 +124,42 @@ def test_joint_study_asks_what_it_promises() -> None:
     centre = [(run.base, run.method) for run in runs[:12]]
     assert len(set(centre)) == 12
     assert {base for base, _ in centre} == {"adamw", "muon"}
+
+
+@pytest.mark.slow
+def test_scope_of_a_study_is_that_of_the_training(tmp_path: Path) -> None:
+    """The seed, the data and the base are the same: only what looks ahead differs."""
+    study = _language_study(tmp_path)
+    ema = replace(study.methods["ema"], init_args={"ema_decay": 0.5, "warmup": 0, "rest": 0})
+    zero = replace(ema, lookahead_step_size_by_role=dict.fromkeys(ROLES, 0.0))
+    part = replace(ema, lookahead_step_size_by_role={"embedding": 0.0, "head": 0.0})
+    methods = {**study.methods, "ema": ema, "zero": zero, "part": part}
+    study = replace(study, methods=methods, num_steps=6, lr_warmup=0.0)
+    losses = {}
+    for name in methods:
+        run = Run("scale", name, 0.01, 0)
+        warns = pytest.warns(UserWarning, match="never looks ahead")
+        with warns if name == "zero" else nullcontext():
+            train_run(study, run, tmp_path)
+        losses[name] = read_event_folder(tmp_path / run.folder).final
+    assert losses["zero"] == losses["none"]
+    assert len({losses[name] for name in ("none", "ema", "part")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"lookahead_step_size_by_role": {"tail": 0.0}}, "must have roles, .* got 'tail'"),
+        ({"lookahead_step_size_by_role": {"head": 1.0}}, r"by_role\.head must be in \(-1, 1\)"),
+        (
+            {"class_path": "SNOO", "lookahead_step_size_by_role": {"head": 0.0}},
+            "must go with EMANesterov, got SNOO",
+        ),
+    ],
+)
+def test_scope_that_cannot_be_is_refused_before_the_first_run(
+    method: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    methods = {"ema": {"class_path": "EMANesterov", **method}}
+    with pytest.raises(ValueError, match=rf"^methods\.ema: .*{message}"):
+        load_study(write(tmp_path, base_optimizers=BASES, methods=methods))
