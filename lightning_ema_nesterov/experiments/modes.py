@@ -35,14 +35,14 @@ from lightning_ema_nesterov.rules.ema import EMADirections
 __all__ = ["METHODS", "ModeResult", "Moves", "run_modes"]
 
 STEP_SIZE = 0.5
-EMA_DECAY = 0.95
-TIME_SCALES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-"""Of the modes under gradient descent. Unit: memories, 20 steps at this EMA decay."""
+EMA_DECAY = 0.9
+TIME_SCALES = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Of the modes under gradient descent. Unit: memories, 10 steps at this EMA decay."""
 
 SETTLED = 0.01
 """Share of the start below which a mode has settled."""
 
-NUM_NOISY_RUNS = 2000
+NUM_NOISY_RUNS = 1000
 """Runs of each mode over which the variance is taken."""
 
 

@@ -40,7 +40,7 @@ def check_study(study: Study) -> None:
     specs = [("model", study.model), ("data", study.data)]
     for key, spec in [*specs, *(("callbacks", spec) for spec in study.callbacks)]:
         check_arguments(find_class(spec.class_path, key), spec.init_args, key)
-    _check_accelerator(study.accelerator)
+    _check_accelerator(study.accelerator, study.precision)
 
 
 def _check_values(study: Study) -> None:
@@ -52,6 +52,18 @@ def _check_values(study: Study) -> None:
     shares = [("average_shares", share) for share in study.average_shares]
     for name, value in [("lr_warmup", study.lr_warmup), ("lr_decay", study.lr_decay), *shares]:
         _check_fraction(value, name)
+    _check_seeds(study)
+    if study.gradient_clip_val is not None and not study.gradient_clip_val > 0:
+        raise ValueError(
+            "gradient_clip_val must be above 0, or null for no clipping, got "
+            f"{study.gradient_clip_val}."
+        )
+    for name in ("num_threads", "accumulate_grad_batches"):
+        if getattr(study, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(study, name)}.")
+
+
+def _check_seeds(study: Study) -> None:
     seeds = [*study.seeds, *study.confirming_seeds]
     if not study.seeds or len(set(seeds)) < len(seeds):
         raise ValueError(
@@ -61,13 +73,6 @@ def _check_values(study: Study) -> None:
     for seed in seeds:
         if not 0 <= seed <= _MAX_SEED:
             raise ValueError(f"seeds must be in [0, {_MAX_SEED}], got {seed}.")
-    if study.gradient_clip_val is not None and not study.gradient_clip_val > 0:
-        raise ValueError(
-            "gradient_clip_val must be above 0, or null for no clipping, got "
-            f"{study.gradient_clip_val}."
-        )
-    if study.num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, got {study.num_threads}.")
 
 
 def _check_fraction(value: float, key: str) -> None:
@@ -131,11 +136,12 @@ def _check_names(known: Mapping[str, object], used: Sequence[Sequence[str]], key
             raise ValueError(f"{key}: {name!r} is not known; known are {', '.join(known)}.")
 
 
-def _check_accelerator(accelerator: str) -> None:
+def _check_accelerator(accelerator: str, precision: str) -> None:
     try:
         with without_advice():
             Trainer(
                 accelerator=accelerator,
+                precision=precision,  # type: ignore[arg-type]  # the Trainer checks it
                 devices=1,
                 logger=False,
                 enable_checkpointing=False,
@@ -144,5 +150,6 @@ def _check_accelerator(accelerator: str) -> None:
             )
     except (ImportError, MisconfigurationException, ValueError) as error:
         raise ValueError(
-            f"accelerator must be one that this machine has, got {accelerator!r}: {error}"
+            "accelerator and precision must be what this machine has, got "
+            f"{accelerator!r} and {precision!r}: {error}"
         ) from error

@@ -14,7 +14,14 @@ __all__ = ["CONFIG", "claim", "read_config"]
 
 CONFIG = "study.json"
 
-_PARTS = ("base_optimizers", "methods", "seeds", "confirming_seeds", "has_gained_baseline")
+_PARTS = (
+    "base_optimizers",
+    "methods",
+    "seeds",
+    "confirming_seeds",
+    "has_gained_baseline",
+    "has_checkpoints",
+)
 """What a study may have more of later; everything else is the same for all of its runs."""
 
 _BEFORE = {f.name: f.default for f in fields(Study) if f.default is not MISSING}

@@ -150,6 +150,10 @@ class Study:
         lr_decay: Fraction of the run in which it falls linearly to 0, in [0, 1].
         average_shares: Shares of the way from the iterate to the average, in [0, 1], at which runs
             with EMANesterov are evaluated as well. Each is a method of its own in the report.
+        accumulate_grad_batches: Batches of each optimizer step, at least 1.
+        precision: As the Trainer names it: ``32-true``, ``bf16-mixed`` and others.
+        has_checkpoints: Whether each run keeps a checkpoint at its last validation, from which the
+            same command goes on in the middle of the run. The data must say where they are.
         gradient_clip_val: Norm to which gradients are clipped, above 0; ``None``: not at all.
         accelerator: As the Trainer names it.
         num_threads: Threads of torch in each run on a CPU, at least 1: results depend on it.
@@ -169,6 +173,9 @@ class Study:
     lr_warmup: float = 0.05
     lr_decay: float = 0.3
     average_shares: list[float] = field(default_factory=list)
+    accumulate_grad_batches: int = 1
+    precision: str = "32-true"
+    has_checkpoints: bool = False
     gradient_clip_val: float | None = 1.0
     accelerator: str = "cpu"
     num_threads: int = 1
