@@ -103,7 +103,7 @@ def test_algebra_of_the_page_holds() -> None:
         expected = np.roots([1.0, -(alpha + 1 - BETA), alpha])
         assert sorted(rates.real) == pytest.approx(sorted(expected.real), rel=1e-3)
         swings = (1 - math.sqrt(BETA)) ** 2 < alpha < (1 + math.sqrt(BETA)) ** 2
-        assert (abs(rates.imag).max() > 1e-4) is bool(swings)
+        assert bool(abs(rates.imag).max() > 1e-4) is swings
     for a, is_stable in ((1.94, True), (1.96, False)):
         matrix, _ = motion("EMA-Nesterov", a)
-        assert (abs(np.linalg.eigvals(matrix)).max() < 1) is np.bool_(is_stable)
+        assert bool(abs(np.linalg.eigvals(matrix)).max() < 1) is is_stable
