@@ -140,7 +140,8 @@ def attach_ema_nesterov(
         optimizer: The optimizer, as ``torch.optim`` or ``Fabric.setup`` gives it.
         module: The outermost module that is called in training: after ``Fabric.setup``, DDP, FSDP,
             ``fully_shard`` and ``torch.compile``.
-        lookahead_step_size: Peak step size :math:`\beta`, in (-1, 1).
+        lookahead_step_size: Peak step size :math:`\beta`, in (-1, 1). A parameter group with the
+            key ``"lookahead_step_size"`` has that instead; at 0 it does not look ahead.
         ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
         warmup: First steps without lookahead. ``int``: optimizer steps, at least 0. ``float``:
             fraction of ``total_steps``, in [0, 1].
@@ -168,7 +169,7 @@ def attach_ema_nesterov(
         RuntimeError: If a lookahead method is attached to the optimizer already, or to another one
             of its parameters: detach it first.
         TypeError: If ``optimizer`` is not a ``torch.optim.Optimizer`` or ``module`` no module.
-        ValueError: If an argument is out of its range, if a fraction is given without
+        ValueError: If an argument, or that key, is out of its range, if a fraction is given without
             ``total_steps``, if ``module`` owns no parameter of the optimizer, or for FSDP (1) with
             ``use_orig_params=True`` and parameters narrower than float32, which it cannot save.
 
@@ -234,7 +235,8 @@ def _check_module(module: nn.Module, params: list[Tensor]) -> None:
 
 def _warn_of_what_is_odd(lookahead: Lookahead) -> None:
     schedule, optimizer = lookahead.schedule, lookahead.base_optimizer
-    if schedule.lookahead_step_size and not schedule.is_ever_active:
+    is_asked_to = schedule.lookahead_step_size or any(lookahead.scope.peaks(schedule))
+    if is_asked_to and not lookahead.scope.is_ever_ahead(schedule):
         warnings.warn(
             "EMA-Nesterov never looks ahead in this run, so training equals the base optimizer "
             f"alone: {schedule}.",

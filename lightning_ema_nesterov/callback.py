@@ -52,7 +52,9 @@ class EMANesterov(LookaheadCallback):
 
     Args:
         lookahead_step_size: Peak step size :math:`\beta`, in (-1, 1). A steady base displacement
-            ``u`` becomes ``u / (1 - lookahead_step_size)``: compare at retuned learning rates.
+            ``u`` becomes ``u / (1 - lookahead_step_size)``: compare at retuned learning rates. A
+            parameter group with the key ``"lookahead_step_size"`` has that instead; at 0 it does
+            not look ahead, and its direction is kept for the average.
         ema_decay: Weight :math:`\gamma` of the past, in [0, 1). The direction remembers about
             ``1 / (1 - ema_decay)`` optimizer steps; 0 is Nesterov's one-step lookahead.
         warmup: First steps without lookahead, while the direction fills. ``int``: optimizer steps,
@@ -245,7 +247,7 @@ class EMANesterov(LookaheadCallback):
                 raise
             return replace(self.settings, warmup=0, rest=0).schedule(None)
         is_average = self.settings.evaluate_at == "average"
-        if schedule.is_ever_active:
+        if any(lookahead.scope.is_ever_ahead(schedule) for lookahead in self._lookaheads):
             rank_zero_info(f"EMANesterov looks ahead in {_describe(schedule)}.")
         elif self.settings.lookahead_step_size or not is_average:
             rank_zero_warn(
@@ -262,7 +264,8 @@ class EMANesterov(LookaheadCallback):
             self._evaluation.take_trained(self._lookaheads)
         for lookahead in self._lookaheads[:1]:
             schedule, num_steps = lookahead.schedule, lookahead.step_idx
-            if schedule.is_ever_active and num_steps <= schedule.warmup_steps:
+            is_ahead = lookahead.scope.is_ever_ahead(schedule)
+            if is_ahead and num_steps <= schedule.warmup_steps:
                 rank_zero_warn(
                     f"EMANesterov did not look ahead: the run ended after {num_steps} optimizer "
                     f"steps, and its warmup has {schedule.warmup_steps}. Where a run can stop "

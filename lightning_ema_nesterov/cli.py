@@ -164,12 +164,15 @@ def convex(*, out: Path = Path("out/convex.jsonl")) -> None:
     """Measure EMA-Nesterov on convex problems, where theory says what to expect.
 
     Args:
-        out: File for the results, as JSON lines.
+        out: File for the results, as JSON lines. Those by modes of a quadratic are in a file beside
+            it, with `_modes` in its name.
     """
     with _extra("litgpt"):
         from lightning_ema_nesterov.experiments.convex import run_convex
+        from lightning_ema_nesterov.experiments.modes import run_modes
 
     run_convex(out)
+    run_modes(out.with_stem(f"{out.stem}_modes"))
 
 
 def report(study_dir: Path) -> None:

@@ -75,8 +75,9 @@ for idx, (packages, arguments) in enumerate(json.loads(sys.argv[1])):
                 del sys.modules[name]
             sys.modules[package] = None
         if "convex" in arguments:
-            from lightning_ema_nesterov.experiments import convex
+            from lightning_ema_nesterov.experiments import convex, modes
             convex.CONDITIONS, convex.NUM_NOISY_STEPS = (10.0,), 100
+            modes.TIME_SCALES, modes.NUM_NOISY_RUNS = (1.0,), 10
         sys.argv = ["ema-nesterov", *arguments]
         main()
         sys.exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from dataclasses import dataclass
@@ -143,6 +144,26 @@ def draw_results(path: Path) -> None:
     _save(path)
 
 
+def draw_gain(path: Path) -> None:
+    """How much faster modes settle, and how much noisier they are, over their time scale."""
+    lines = (ROOT / "recipes/studies/results/convex_modes.jsonl").read_text().splitlines()
+    results = [json.loads(line) for line in lines]
+    figure, both = plt.subplots(1, 2, figsize=(7.6, 3.0), layout="constrained")
+    titles = {"speed_up": "times as fast as the base", "noise": "times the base's noise"}
+    colors = {"EMA-Nesterov": BLUE, "larger rate": ORANGE, "momentum": GREEN}
+    for axes, (key, title) in zip(both, titles.items(), strict=True):
+        for method, color in colors.items():
+            rows = [(r["time_scale"], r[key]) for r in results if r["method"] == method]
+            axes.plot(*zip(*rows, strict=True), "o-", color=color, ms=4, label=method)
+        axes.axhline(1.0, color=GREY, lw=1)
+        axes.set(xscale="log", ylim=(0, 3.2), title=title)
+        axes.set_xticks([0.2, 1, 5, 30], ["0.2", "1", "5", "30"], minor=False)
+        axes.set_xlabel("time scale of the mode, in memories of m")
+    both[0].set_xlim(both[1].get_xlim())
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _save(path)
+
+
 def _mark_sides(axes: Axes) -> None:
     axes.set_xlim(-0.04, 0.04)
     for text, place, side in (("better", -0.0395, "left"), ("worse", 0.0395, "right")):
@@ -162,8 +183,9 @@ def draw_all(folder: Path) -> list[Path]:
     """Draw all figures into a folder."""
     style: Any = {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "ema"}
     with mpl.rc_context(style):
-        paths = [folder / name for name in ("run.svg", "step.svg", "results.svg")]
-        for path, draw in zip(paths, (draw_run, draw_step, draw_results), strict=True):
+        paths = [folder / name for name in ("run.svg", "step.svg", "results.svg", "gain.svg")]
+        draws = (draw_run, draw_step, draw_results, draw_gain)
+        for path, draw in zip(paths, draws, strict=True):
             draw(path)
     return paths
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["check_duration", "check_share", "check_unit_interval", "is_number"]
+__all__ = ["check_duration", "check_share", "check_step_size", "check_unit_interval", "is_number"]
+
+
+def check_step_size(name: str, value: float) -> None:
+    """Raise unless a number lies in (-1, 1): from 1 on a steady displacement grows forever."""
+    if not is_number(value) or not -1 < value < 1:
+        raise ValueError(f"{name} must be in (-1, 1), got {value!r}.")
 
 
 def check_unit_interval(name: str, value: float) -> None:

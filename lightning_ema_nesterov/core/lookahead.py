@@ -18,6 +18,7 @@ from lightning_ema_nesterov.core.metrics import StepMetrics
 from lightning_ema_nesterov.core.progress import Progress
 from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
+from lightning_ema_nesterov.core.scope import Scope
 from lightning_ema_nesterov.core.sharding import Sharding
 from lightning_ema_nesterov.core.step_hooks import StepHooks
 from lightning_ema_nesterov.core.window import AtAverage, Window
@@ -38,7 +39,7 @@ class Lookahead:
     Args:
         rule: What is kept for each parameter of its base optimizer, and how a step updates it. The
             optimizer's ``step`` must call its closure.
-        schedule: Step size :math:`\beta_t` for each step.
+        schedule: Step size :math:`\beta_t` for each step; parameter groups may have another peak.
         module: The outermost module; needed where FSDP shards it.
 
     Attributes:
@@ -71,6 +72,7 @@ class Lookahead:
         self.schedule = schedule
         self.progress = Progress(rule.base_optimizer, module, rule.average_decay)
         self.sharding = Sharding(module, rule.base_optimizer)
+        self.scope = Scope(rule)
         self.will_measure = False
         self.metrics: StepMetrics | None = None
         self.was_extrapolated = False
@@ -78,7 +80,7 @@ class Lookahead:
         self._window: Window | None = None
         self._average: AtAverage | None = None
         self._hooks = StepHooks(
-            rule.base_optimizer, self._begin_step, self._end_step, self._has_begun
+            rule.base_optimizer, self._begin_step, self._end_step, lambda: self._is_stepping
         )
         self._handles: list[RemovableHandle] = []
 
@@ -97,15 +99,18 @@ class Lookahead:
 
         Raises:
             RuntimeError: If a lookahead method is attached to the optimizer already.
+            ValueError: If the step size of a parameter group is out of its range.
         """
         if self._handles:
             return self
         optimizer = self.base_optimizer
+        self.scope.peaks(self.schedule)
         claim(self)
         self._handles = [
             *self._hooks.register(),
             *self.progress.register(),
             *self.rule.store.restore_on_load(self.rule.restore),
+            *self.scope.keep_on_load(),
             optimizer.register_state_dict_pre_hook(self._before_state),
             optimizer.register_load_state_dict_pre_hook(self._before_load),
         ]
@@ -144,9 +149,7 @@ class Lookahead:
             return
         self._window = Window(self.rule, self.sharding, step_idx=self.step_idx)
         with record_function("ema_nesterov/extrapolate"):
-            for idx, group in enumerate(self.base_optimizer.param_groups):
-                params = [p for p in group["params"] if p.requires_grad and self.rule.store.has(p)]
-                step_size = self.schedule.step_size(self.step_idx, self.progress.lr_ratio(idx))
+            for step_size, params in self.scope.by_step_size(self.schedule, self.progress):
                 self._window.extrapolate(params, step_size)
 
     def retract(self) -> None:
@@ -242,9 +245,6 @@ class Lookahead:
     @property
     def _is_stepping(self) -> bool:
         return self._window is not None and self._window.is_stepping
-
-    def _has_begun(self) -> bool:
-        return self._is_stepping
 
     def _before_state(self, optimizer: Optimizer) -> None:
         self.rule.make_state_readable()

@@ -78,6 +78,8 @@ class LookaheadRule(ABC):
         keys: Names of the tensors in the state of a parameter. The first is the direction along
             which parameters are extrapolated, for rules that have one.
         loadable_keys: Names that :meth:`restore` reads in a checkpoint; by default ``keys``.
+        step_size_key: Key of a parameter group that holds a peak step size of its own; ``None`` for
+            rules whose step size is no choice.
         store: Where the tensors are.
 
     Raises:
@@ -86,6 +88,7 @@ class LookaheadRule(ABC):
 
     keys: tuple[str, ...]
     loadable_keys: tuple[str, ...] = ()
+    step_size_key: str | None = None
 
     def __init__(self, base_optimizer: Optimizer) -> None:
         self.store = StateStore(base_optimizer, self.keys, self.loadable_keys)

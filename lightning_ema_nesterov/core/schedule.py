@@ -85,11 +85,9 @@ class LookaheadSchedule:
         return round(duration * (self.total_steps or 0))
 
     @property
-    def is_ever_active(self) -> bool:
-        """Whether any step of the run can have a step size other than 0."""
-        return self.lookahead_step_size != 0 and (
-            self.total_steps is None or self.warmup_steps + self.rest_steps < self.total_steps
-        )
+    def has_active_steps(self) -> bool:
+        """Whether any step of the run lies after the warmup and before the rest."""
+        return self.total_steps is None or self.warmup_steps + self.rest_steps < self.total_steps
 
     def is_active(self, step_idx: int) -> bool:
         """Return whether the step lies after the warmup and before the rest.
@@ -101,16 +99,20 @@ class LookaheadSchedule:
             return False
         return step_idx >= self.warmup_steps
 
-    def step_size(self, step_idx: int, lr_ratio: float = 1.0) -> float:
+    def step_size(
+        self, step_idx: int, lr_ratio: float = 1.0, *, peak: float | None = None
+    ) -> float:
         r"""Return the current step size :math:`\beta_t`.
 
         Args:
             step_idx: Optimizer steps taken before this one, at least 0.
             lr_ratio: Learning rate over its maximum, in [0, 1].
+            peak: Peak of the parameter group, in (-1, 1); ``None``: ``lookahead_step_size``.
 
         Returns:
-            A number from 0 to ``lookahead_step_size``.
+            A number from 0 to the peak.
         """
         if not self.is_active(step_idx):
             return 0.0
-        return self.lookahead_step_size * (lr_ratio if self.scale_with_lr else 1.0)
+        peak = self.lookahead_step_size if peak is None else peak
+        return peak * (lr_ratio if self.scale_with_lr else 1.0)

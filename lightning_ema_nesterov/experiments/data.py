@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -19,7 +20,7 @@ __all__ = ["TextWindows"]
 class TextWindows(LightningDataModule):
     """Random windows of bytes to train on, without an end; the same ones to validate on each time.
 
-    The order follows from torch's global seed.
+    The order follows from torch's global seed, and continues from a checkpoint.
 
     Args:
         text: A file, or a folder of text files. ``None``: the running Python's standard library.
@@ -41,6 +42,7 @@ class TextWindows(LightningDataModule):
         self.window_size = window_size
         self.batch_size = batch_size
         self.num_validation_windows = num_validation_windows
+        self._num_batches = 0
 
     @override
     def setup(self, stage: str) -> None:
@@ -51,8 +53,22 @@ class TextWindows(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Return batches of shape ``(batch_size, window_size + 1)``."""
         windows = Windows([self.corpus.train.numpy()], self.window_size)
-        order = RandomWindows(windows, seed=torch.initial_seed())
+        num_taken = self._num_batches * self.batch_size
+        order = RandomWindows(windows, seed=torch.initial_seed(), num_taken=num_taken)
         return DataLoader(windows, batch_size=self.batch_size, sampler=order)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return where in the order training is; between two optimizer steps."""
+        if self.trainer is None:
+            return {}
+        num_batches = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        return {"num_batches": num_batches}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from where a checkpoint was made."""
+        self._num_batches = state_dict.get("num_batches", 0)
 
     @override
     def val_dataloader(self) -> DataLoader[Tensor]:

@@ -16,24 +16,31 @@ NUM_BYTES = 256
 
 
 class ByteDecoder(LightningModule):
-    """LitGPT's decoder (rotary positions, RMSNorm, gated MLP) over bytes, without an optimizer.
+    """LitGPT's decoder (rotary positions, RMSNorm, gated MLP), without an optimizer.
 
     Args:
-        window_size: Bytes that the model reads at once.
+        window_size: Tokens that the model reads at once.
         num_layers: Transformer blocks.
         width: Size of the residual stream, a multiple of ``num_heads``.
         num_heads: Attention heads.
+        vocab_size: Tokens; by default the bytes.
     """
 
     def __init__(
-        self, *, window_size: int = 64, num_layers: int = 2, width: int = 64, num_heads: int = 4
+        self,
+        *,
+        window_size: int = 64,
+        num_layers: int = 2,
+        width: int = 64,
+        num_heads: int = 4,
+        vocab_size: int = NUM_BYTES,
     ) -> None:
         super().__init__()
         config = Config(
             name="quickstart",
             block_size=window_size,
-            vocab_size=NUM_BYTES,
-            padded_vocab_size=NUM_BYTES,
+            vocab_size=vocab_size,
+            padded_vocab_size=vocab_size,
             n_layer=num_layers,
             n_head=num_heads,
             n_embd=width,

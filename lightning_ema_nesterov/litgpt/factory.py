@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_ema_nesterov.attach import EMANesterovHandle, attach_ema_nesterov
+from lightning_ema_nesterov.litgpt.roles import set_step_sizes
 from lightning_ema_nesterov.litgpt.run import LitGPTRun
 from lightning_ema_nesterov.optimizers.from_config import (
     build_optimizer,
@@ -45,6 +46,7 @@ def ema_nesterov(
     total_steps: int | None = DEFAULTS.total_steps,
     compile: bool = DEFAULTS.compile,
     direction_dtype: str = DEFAULTS.direction_dtype,
+    lookahead_step_size_by_role: dict[str, float] | None = None,
     fused: bool = False,
 ) -> Optimizer:
     r"""Return a base optimizer with EMA-Nesterov attached, for ``optimizer`` in a LitGPT YAML.
@@ -62,7 +64,7 @@ def ema_nesterov(
     Args:
         params: What LitGPT gives: ``model.parameters()``.
         base: Name of the base optimizer, or its ``class_path`` and ``init_args``.
-        lookahead_step_size: Peak step size :math:`\beta`, in [0, 1).
+        lookahead_step_size: Peak step size :math:`\beta`, in (-1, 1).
         ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
         warmup: First steps without lookahead. ``int``: optimizer steps, at least 0. ``float``:
             fraction of the run, in [0, 1].
@@ -75,12 +77,15 @@ def ema_nesterov(
             ``train.max_tokens``, which a number here must not contradict.
         compile: Whether ``torch.compile`` joins passes over memory, in LitGPT's loop into one.
         direction_dtype: How directions are stored: ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+        lookahead_step_size_by_role: Other peaks for parameters of a role, ``hidden``,
+            ``embedding``, ``head`` or ``other``: ``{embedding: 0, head: 0}`` leaves them out.
         fused: Passed to the base optimizer; LitGPT sets it on CUDA.
 
     Returns:
         The base optimizer itself.
 
     Raises:
+        RuntimeError: If step sizes are given by role and the model cannot be found.
         TypeError: If ``base`` does not name an optimizer.
         ValueError: If an argument is out of its range or contradicts the run, or if it is named
             inside ``by_role`` or itself.
@@ -91,6 +96,9 @@ def ema_nesterov(
         total_steps = run.check_total_steps(total_steps, key=yaml_key("total_steps"))
     module = find_module(params)
     optimizer = build_optimizer(base, params, argument="base", fused=fused)
+    if lookahead_step_size_by_role:
+        argument = yaml_key("lookahead_step_size_by_role")
+        set_step_sizes(optimizer, module, lookahead_step_size_by_role, argument=argument)
 
     def attach(module: nn.Module) -> EMANesterovHandle:
         handle = attach_ema_nesterov(

@@ -12,9 +12,10 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer, find_module
 from lightning_ema_nesterov.optimizers.per_role import OptimizerPerRole
-from lightning_ema_nesterov.optimizers.roles import groups_by_role
+from lightning_ema_nesterov.optimizers.roles import ROLES, groups_by_role
+from lightning_ema_nesterov.rules.ema import STEP_SIZE_KEY
 
-__all__ = ["by_role"]
+__all__ = ["by_role", "set_step_sizes"]
 
 
 def by_role(
@@ -101,3 +102,55 @@ def _describe(
             f"{optimizer} (first: {next(iter(params))})"
         )
     return "\n".join(lines)
+
+
+def set_step_sizes(
+    optimizer: Optimizer, module: nn.Module | None, by_role: Mapping[str, float], *, argument: str
+) -> None:
+    """Give parameters of some roles a peak lookahead step size of their own, in their groups.
+
+    Groups whose parameters differ in it are split; the parts keep all options.
+
+    Args:
+        optimizer: A new optimizer of the module's parameters.
+        module: The module; ``None`` where it could not be found.
+        by_role: Step sizes by the roles of
+            :func:`~lightning_ema_nesterov.optimizers.groups_by_role`.
+        argument: Where these come from, for messages.
+
+    Raises:
+        RuntimeError: If there is no module.
+        ValueError: If a role is unknown, or no parameter has any of the roles.
+
+    Example:
+        >>> import torch
+        >>> model = nn.ModuleDict({"wte": nn.Embedding(9, 4), "up": nn.Linear(4, 6, bias=False)})
+        >>> model["lm_head"] = nn.Linear(6, 9, bias=False)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> set_step_sizes(optimizer, model, {"embedding": 0.0}, argument="by_role")
+        >>> [(len(g["params"]), g.get("lookahead_step_size")) for g in optimizer.param_groups]
+        [(1, 0.0), (2, None)]
+    """
+    unknown = [role for role in by_role if role not in ROLES]
+    if unknown:
+        raise ValueError(f"{argument} must have roles, {ROLES}, as its keys, got {unknown[0]!r}.")
+    if module is None:
+        raise RuntimeError(
+            f"{argument} tells parameters apart by their module, which cannot be found. Give the "
+            "optimizer model.parameters() as it is, not a list."
+        )
+    roles = {p: group["role"] for group in groups_by_role(module) for p in group["params"]}
+    if not set(by_role) & set(roles.values()):
+        raise ValueError(
+            f"{argument} must name a role that parameters have, got {', '.join(by_role)}; this "
+            f"model has {', '.join(dict.fromkeys(roles.values()))}."
+        )
+    split: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        parts: dict[float | None, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            parts.setdefault(by_role.get(roles.get(p, "")), []).append(p)
+        for step_size, params in parts.items():
+            own = {} if step_size is None else {STEP_SIZE_KEY: step_size}
+            split.append({**group, "params": params, **own})
+    optimizer.param_groups[:] = split

@@ -13,7 +13,7 @@ __all__ = ["OptimizerPerRole"]
 
 
 class OptimizerPerRole(Optimizer):
-    """Several optimizers as one, each with one parameter group.
+    """Several optimizers as one, each made with one parameter group.
 
     All groups show the learning rate of the first: a trainer that writes one learning rate into all
     groups, as LitGPT does, moves all of them, and each keeps its ratio to the first.
@@ -35,6 +35,8 @@ class OptimizerPerRole(Optimizer):
         if min(lrs) <= 0:
             raise ValueError(f"The learning rate of each role must be above 0, got {lrs}.")
         self._lr_ratios = [lr / lrs[0] for lr in lrs]
+        # Whose parameter it is: a group may have been split since.
+        self._owners = {p: idx for idx, group in enumerate(groups) for p in group["params"]}
         super().__init__(groups, {"lr": lrs[0]})
         for group in self.param_groups:
             group["lr"] = lrs[0]
@@ -53,15 +55,16 @@ class OptimizerPerRole(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for optimizer, group, ratio in zip(
-            self._optimizers, self.param_groups, self._lr_ratios, strict=True
-        ):
+        for idx, optimizer in enumerate(self._optimizers):
+            groups = [g for g in self.param_groups if self._owners[g["params"][0]] == idx]
             # Loading a checkpoint puts new objects in the place of these.
-            optimizer.param_groups, optimizer.state = [group], self.state
-            lr = group["lr"]
-            group["lr"] = lr * ratio
+            optimizer.param_groups, optimizer.state = groups, self.state
+            lrs = [group["lr"] for group in groups]
+            for group in groups:
+                group["lr"] *= self._lr_ratios[idx]
             try:
                 optimizer.step()
             finally:
-                group["lr"] = lr
+                for group, lr in zip(groups, lrs, strict=True):
+                    group["lr"] = lr
         return loss

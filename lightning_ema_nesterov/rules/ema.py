@@ -22,7 +22,7 @@ from lightning_ema_nesterov.core.sharding import Sharding, local
 from lightning_ema_nesterov.core.state_store import wide_dtype
 from lightning_ema_nesterov.rules.codecs import read_any
 
-__all__ = ["DIRECTION_KEY", "SCALES_KEY", "EMADirections"]
+__all__ = ["DIRECTION_KEY", "SCALES_KEY", "STEP_SIZE_KEY", "EMADirections"]
 
 DIRECTION_KEY = "ema_nesterov_direction"
 """Key of the EMA direction in the base optimizer's state of a parameter."""
@@ -30,6 +30,8 @@ DIRECTION_KEY = "ema_nesterov_direction"
 SCALES_KEY = "ema_nesterov_direction_scales"
 """Key of what turns the codes of an EMA direction in int8 into numbers."""
 
+STEP_SIZE_KEY = "lookahead_step_size"
+"""Key of a parameter group for a peak step size of its own, in (-1, 1)."""
 
 _LEAST_DECAY = 0.1
 """Weight of the direction in its fold below which a copy of it is kept in the step."""
@@ -47,6 +49,7 @@ class EMADirections(LookaheadRule):
 
     keys = (DIRECTION_KEY,)
     loadable_keys = (DIRECTION_KEY, SCALES_KEY)
+    step_size_key = STEP_SIZE_KEY
 
     def __init__(self, base_optimizer: Optimizer, ema_decay: float) -> None:
         super().__init__(base_optimizer)

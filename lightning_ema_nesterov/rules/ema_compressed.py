@@ -24,7 +24,7 @@ from lightning_ema_nesterov.core.narrow import is_narrow
 from lightning_ema_nesterov.core.rule import Fold, LookaheadRule, largest_step_size
 from lightning_ema_nesterov.core.sharding import Sharding, local
 from lightning_ema_nesterov.rules.codecs import Codec, Int8, codec_for, read_any
-from lightning_ema_nesterov.rules.ema import DIRECTION_KEY, SCALES_KEY
+from lightning_ema_nesterov.rules.ema import DIRECTION_KEY, SCALES_KEY, STEP_SIZE_KEY
 
 __all__ = ["CompressedDirections"]
 
@@ -46,6 +46,7 @@ class CompressedDirections(LookaheadRule):
     """
 
     keys = (DIRECTION_KEY, SCALES_KEY)
+    step_size_key = STEP_SIZE_KEY
 
     def __init__(self, base_optimizer: Optimizer, ema_decay: float, direction_dtype: str) -> None:
         super().__init__(base_optimizer)

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from lightning_ema_nesterov.core.checks import (
     check_duration,
     check_share,
+    check_step_size,
     check_unit_interval,
-    is_number,
 )
 from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
@@ -29,7 +29,8 @@ class Settings:
     r"""The arguments of EMA-Nesterov with their defaults and ranges.
 
     Args:
-        lookahead_step_size: Peak step size :math:`\beta`, in (-1, 1).
+        lookahead_step_size: Peak step size :math:`\beta`, in (-1, 1), of all parameters whose group
+            has none of its own.
         ema_decay: Weight :math:`\gamma` of the past, in [0, 1).
         warmup: First steps without lookahead. ``int``: optimizer steps, at least 0. ``float``:
             fraction of the run's optimizer steps, in [0, 1].
@@ -59,10 +60,7 @@ class Settings:
     direction_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if not is_number(self.lookahead_step_size) or not -1 < self.lookahead_step_size < 1:
-            raise ValueError(
-                f"lookahead_step_size must be in (-1, 1), got {self.lookahead_step_size!r}."
-            )
+        check_step_size("lookahead_step_size", self.lookahead_step_size)
         check_unit_interval("ema_decay", self.ema_decay)
         check_duration("warmup", self.warmup)
         check_duration("rest", self.rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -114,14 +115,15 @@ class LookaheadCallback(Callback, ABC):
             )
         # Until training starts: how many steps there are takes the data loader, which the module
         # may make in hooks that come after this one.
-        asleep = LookaheadSchedule(0.0)
+        asleep = LookaheadSchedule(0.0, warmup=sys.maxsize)
         for optimizer in trainer.optimizers:
             check_params_are_free(optimizer)
             with as_misconfiguration():
                 rule = self.make_rule(trainer, optimizer)
             lookahead = Lookahead(rule, asleep, module=trainer.strategy.model)
             self._detach.callback(lookahead.detach)
-            self._lookaheads.append(lookahead.attach())
+            with as_misconfiguration():
+                self._lookaheads.append(lookahead.attach())
             owners = [m for m in (trainer.strategy.model, pl_module) if m is not None]
             for handle in ModuleHooks(lookahead).register((), owners):
                 self._detach.callback(handle.remove)

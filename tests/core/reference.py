@@ -21,12 +21,15 @@ def train(
     *,
     num_steps: int,
     ema_decay: float,
-    step_size: Callable[[int], float],
+    step_size: Callable[[int], float | Sequence[float]],
     dtype: torch.dtype = torch.float64,
     make_scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
     | None = None,
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Return the iterates x_0 ... x_n and the last EMA direction."""
+    """Return the iterates x_0 ... x_n and the last EMA direction.
+
+    The step size is one for all parameters, or one for each.
+    """
     params = [x.detach().clone().to(dtype).requires_grad_() for x in x_0]
     optimizer = make_optimizer(params)
     scheduler = make_scheduler(optimizer) if make_scheduler else None
@@ -35,7 +38,8 @@ def train(
     for t in range(num_steps):
         x = trajectory[-1]
         beta = step_size(t)
-        y = [x_i + beta * m_i for x_i, m_i in zip(x, m, strict=True)]
+        betas = [beta] * len(x) if isinstance(beta, (int, float)) else beta
+        y = [x_i + beta_i * m_i for x_i, m_i, beta_i in zip(x, m, betas, strict=True)]
         with torch.no_grad():
             for p, y_i in zip(params, y, strict=True):
                 p.copy_(y_i)

@@ -29,7 +29,7 @@ from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 def test_step_sizes_of_a_run(warmup: float, rest: float, expected: list[float]) -> None:
     schedule = LookaheadSchedule(0.5, warmup=warmup, rest=rest, total_steps=10)
     assert [schedule.step_size(step_idx) for step_idx in range(10)] == expected
-    assert schedule.is_ever_active == any(expected)
+    assert schedule.has_active_steps == any(expected)
 
 
 def test_a_run_that_goes_on_rests() -> None:
@@ -41,7 +41,6 @@ def test_a_run_that_goes_on_rests() -> None:
 def test_step_size_follows_the_learning_rate_only_when_asked() -> None:
     assert LookaheadSchedule(0.5).step_size(0, lr_ratio=0.25) == 0.125
     assert LookaheadSchedule(0.5, scale_with_lr=False).step_size(0, lr_ratio=0.25) == 0.5
-    assert not LookaheadSchedule(0.0).is_ever_active
 
 
 @pytest.mark.parametrize(

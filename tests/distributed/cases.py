@@ -122,6 +122,8 @@ class TrainerRun(Checked):
         accumulate: Batches of a step.
         val_check_interval: As the Trainer has it; ``None``: no validation.
         model_dtype: Of the parameters. Precision 64-true is not offered with every strategy.
+        vector_step_size: Of parameters that are no matrices, in a group of their own; ``None``: all
+            are in one group.
         has_unused: Whether the model has a parameter that never gets a gradient.
         overflow_step: Counted from 1: the step whose loss is infinite.
         load: Checkpoint to continue.
@@ -147,6 +149,7 @@ class TrainerRun(Checked):
     model_dtype: DType = "float32"
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"
     compile_model: bool = False
+    vector_step_size: float | None = None
     has_unused: bool = False
     overflow_step: int | None = None
     load: Path | None = None

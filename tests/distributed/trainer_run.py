@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -87,10 +88,18 @@ class Module(Net, LightningModule):
     def configure_optimizers(self) -> Optimizer:
         module = self.trainer.model or self
         params = [p for p in module.parameters() if p.requires_grad]
-        return make_optimizer(self.case, params)
+        return make_optimizer(self.case, in_groups(self.case, params))
 
 
-def make_optimizer(case: cases.TrainerRun, params: list[torch.nn.Parameter]) -> Optimizer:
+def in_groups(case: cases.TrainerRun, params: list[torch.nn.Parameter]) -> ParamsT:
+    if case.vector_step_size is None:
+        return params
+    matrices, vectors = ([p for p in params if (p.ndim == 2) is is_2d] for is_2d in (True, False))
+    own: dict[str, Any] = {"params": vectors, "lookahead_step_size": case.vector_step_size}
+    return [{"params": matrices}, own]
+
+
+def make_optimizer(case: cases.TrainerRun, params: ParamsT) -> Optimizer:
     if case.optimizer == "adamw":
         # A foreach kernel takes the tensors of one mesh only.
         is_split = isinstance(case.strategy, cases.FSDP2) and case.strategy.tensor_parallel != 1

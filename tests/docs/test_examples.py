@@ -13,7 +13,7 @@ import yaml
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.litgpt import low_rank
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer, import_optimizer
-from tests.toys import Toy, adamw
+from tests.litgpt.language import Language
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -74,7 +74,7 @@ def test_yaml_examples_name_what_there_is(page: Path) -> None:
                 spec = spec["init_args"]["trained_by"]  # for a model that is as wide as its rank
             if spec["class_path"] == "lightning_ema_nesterov.litgpt.ema_nesterov":
                 spec["init_args"]["total_steps"] = 100  # LitGPT tells it
-            optimizer = build_optimizer(spec, Toy(adamw).parameters(), argument="optimizer")
+            optimizer = build_optimizer(spec, Language().parameters(), argument="optimizer")
             base = spec["init_args"].get("base") or spec["init_args"]["optimizer"]
             assert type(optimizer) is import_optimizer(base["class_path"], "")
 

@@ -10,10 +10,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from lightning_ema_nesterov import EMANesterov
+from lightning_ema_nesterov.core.checks import check_step_size
 from lightning_ema_nesterov.experiments.advice import without_advice
 from lightning_ema_nesterov.experiments.study.classes import check_arguments, find_class
 from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, MethodSpec, Study
 from lightning_ema_nesterov.optimizers.from_config import import_optimizer
+from lightning_ema_nesterov.optimizers.roles import ROLES
 
 __all__ = ["check_study"]
 
@@ -40,7 +42,7 @@ def check_study(study: Study) -> None:
     callbacks = [*study.callbacks, *(spec for base in bases for spec in base.callbacks)]
     for key, spec in [*specs, *(("callbacks", spec) for spec in callbacks)]:
         check_arguments(find_class(spec.class_path, key), spec.init_args, key)
-    _check_accelerator(study.accelerator)
+    _check_accelerator(study.accelerator, study.precision)
 
 
 def _check_values(study: Study) -> None:
@@ -52,6 +54,18 @@ def _check_values(study: Study) -> None:
     shares = [("average_shares", share) for share in study.average_shares]
     for name, value in [("lr_warmup", study.lr_warmup), ("lr_decay", study.lr_decay), *shares]:
         _check_fraction(value, name)
+    _check_seeds(study)
+    if study.gradient_clip_val is not None and not study.gradient_clip_val > 0:
+        raise ValueError(
+            "gradient_clip_val must be above 0, or null for no clipping, got "
+            f"{study.gradient_clip_val}."
+        )
+    for name in ("num_threads", "accumulate_grad_batches"):
+        if getattr(study, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(study, name)}.")
+
+
+def _check_seeds(study: Study) -> None:
     seeds = [*study.seeds, *study.confirming_seeds]
     if not study.seeds or len(set(seeds)) < len(seeds):
         raise ValueError(
@@ -61,13 +75,6 @@ def _check_values(study: Study) -> None:
     for seed in seeds:
         if not 0 <= seed <= _MAX_SEED:
             raise ValueError(f"seeds must be in [0, {_MAX_SEED}], got {seed}.")
-    if study.gradient_clip_val is not None and not study.gradient_clip_val > 0:
-        raise ValueError(
-            "gradient_clip_val must be above 0, or null for no clipping, got "
-            f"{study.gradient_clip_val}."
-        )
-    if study.num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, got {study.num_threads}.")
 
 
 def _check_fraction(value: float, key: str) -> None:
@@ -96,16 +103,33 @@ def _check_base(base: BaseOptimizer, key: str) -> None:
 def _check_method(method: MethodSpec, key: str, num_steps: int) -> None:
     if method.lr_decay is not None:
         _check_fraction(method.lr_decay, f"{key}.lr_decay")
+    if not all(0 < lr < math.inf for lr in method.lrs):
+        raise ValueError(f"{key}.lrs must be learning rates above 0, got {method.lrs}.")
     if method.class_path is None:
         return
     found: Callable[..., object] = find_class(method.class_path, key)
     check_arguments(found, method.init_args, key)
     try:
         callback = found(**method.init_args)  # says what is out of its range
+        if method.lookahead_step_size_by_role:
+            _check_roles(method, callback)
         if isinstance(callback, EMANesterov):
             callback.settings.schedule(callback.settings.total_steps or num_steps)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key}: {error}") from error
+
+
+def _check_roles(method: MethodSpec, callback: object) -> None:
+    if not isinstance(callback, EMANesterov):
+        raise ValueError(
+            f"lookahead_step_size_by_role must go with EMANesterov, got {type(callback).__name__}."
+        )
+    for role, step_size in method.lookahead_step_size_by_role.items():
+        if role not in ROLES:
+            raise ValueError(
+                f"lookahead_step_size_by_role must have roles, {ROLES}, as its keys, got {role!r}."
+            )
+        check_step_size(f"lookahead_step_size_by_role.{role}", step_size)
 
 
 def _check_names(known: Mapping[str, object], used: Sequence[Sequence[str]], key: str) -> None:
@@ -114,11 +138,12 @@ def _check_names(known: Mapping[str, object], used: Sequence[Sequence[str]], key
             raise ValueError(f"{key}: {name!r} is not known; known are {', '.join(known)}.")
 
 
-def _check_accelerator(accelerator: str) -> None:
+def _check_accelerator(accelerator: str, precision: str) -> None:
     try:
         with without_advice():
             Trainer(
                 accelerator=accelerator,
+                precision=precision,  # type: ignore[arg-type]  # the Trainer checks it
                 devices=1,
                 logger=False,
                 enable_checkpointing=False,
@@ -127,5 +152,6 @@ def _check_accelerator(accelerator: str) -> None:
             )
     except (ImportError, MisconfigurationException, ValueError) as error:
         raise ValueError(
-            f"accelerator must be one that this machine has, got {accelerator!r}: {error}"
+            "accelerator and precision must be what this machine has, got "
+            f"{accelerator!r} and {precision!r}: {error}"
         ) from error

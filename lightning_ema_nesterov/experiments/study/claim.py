@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,19 @@ __all__ = ["CONFIG", "claim", "read_config"]
 
 CONFIG = "study.json"
 
-_PARTS = ("base_optimizers", "methods", "seeds", "confirming_seeds")
+_PARTS = (
+    "base_optimizers",
+    "methods",
+    "seeds",
+    "confirming_seeds",
+    "has_gained_baseline",
+    "has_checkpoints",
+)
 """What a study may have more of later; everything else is the same for all of its runs."""
+
+_BEFORE = {f.name: f.default for f in fields(Study) if f.default is not MISSING}
+_BEFORE |= {f.name: f.default_factory() for f in fields(Study) if f.default_factory is not MISSING}
+"""What a key meant before there was one: folders of former versions lack it."""
 
 
 def claim(study: Study, out_dir: Path, finished: Iterable[Run] = ()) -> None:
@@ -62,7 +74,8 @@ def read_config(out_dir: Path) -> dict[str, Any] | None:
 def _differences(
     known: Mapping[str, Any], config: Mapping[str, Any], finished: Iterable[Run]
 ) -> Iterator[str]:
-    yield from (k for k in config if k not in _PARTS and config[k] != known.get(k))
+    before_all = {**_BEFORE, **known}
+    yield from (k for k in config if k not in _PARTS and config[k] != before_all.get(k))
     for base, method in dict.fromkeys((run.base, run.method) for run in finished):
         before, now = (_definitions(c, base, method) for c in (known, config))
         yield from (key for key in now if key in before and now[key] != before[key])
@@ -78,9 +91,10 @@ def _definitions(config: Mapping[str, Any], base: str, method: str) -> dict[str,
         deciding = {k: optimizer[k] for k in ("class_path", "init_args", "lr_decay", "callbacks")}
         found[f"base_optimizers.{base}"] = deciding
     if method in config["methods"]:
-        spec = {"lr_decay": None, **config["methods"][method]}
+        spec = {"lr_decay": None, "lookahead_step_size_by_role": {}, **config["methods"][method]}
         deciding = {k: spec[k] for k in ("class_path", "init_args", "lr_decay")}
-        found[f"methods.{method}"] = deciding
+        by_role = spec["lookahead_step_size_by_role"]
+        found[f"methods.{method}"] = {**deciding, "by_role": by_role}
     return found
 
 

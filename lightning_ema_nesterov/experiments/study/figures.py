@@ -20,7 +20,14 @@ from lightning_ema_nesterov.experiments.study.results import Result
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import Standing, by_lr, mean_curve
 
-__all__ = ["Style", "draw_curves", "draw_grids", "draw_learning_rates", "new_figure", "styles_of"]
+__all__ = [
+    "Style",
+    "draw_curves",
+    "draw_grids",
+    "draw_learning_rates",
+    "figure_at",
+    "styles_of",
+]
 
 _COLOURS = [
     *("tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:pink"),
@@ -32,12 +39,12 @@ Style = Mapping[str, Any]
 
 
 @contextmanager
-def new_figure(path: Path, *, height: float) -> Iterator[Figure]:
-    """Yield a figure that is saved at the end.
+def figure_at(path: Path, *, height: float) -> Iterator[Figure]:
+    """Make a figure of the report, and save it when the block ends.
 
     Args:
         path: PNG file.
-        height: Unit: inches.
+        height: Unit: inches; the width is 9.
     """
     with mpl.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}):
         figure = Figure(figsize=(9.0, height), layout="constrained")
@@ -82,7 +89,7 @@ def draw_curves(
     """
     curves = {s.method: mean_curve(s.results.values()) for s in found}
     reference = {step: loss for step, loss, _ in curves[found[0].method]}
-    with new_figure(path, height=7.0) as figure:
+    with figure_at(path, height=7.0) as figure:
         losses, gaps = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
         late: list[float] = []
         for standing in found:
@@ -161,7 +168,7 @@ def draw_learning_rates(
         results: Results of a study.
         styles: As :func:`styles_of` gives them, in the order of the legend.
     """
-    with new_figure(path, height=4.2) as figure:
+    with figure_at(path, height=4.2) as figure:
         axes = figure.subplots()
         for method, style in styles.items():
             rows = [
@@ -225,7 +232,7 @@ def _draw_grid(path: Path, grid: _Grid) -> None:
     rows, columns = (_in_order([key[idx] for key in grid.cells]) for idx in (0, 1))
     values = np.array([[grid.cells.get((r, c), math.nan) for c in columns] for r in rows])
     bound = _colour_bound(values[np.isfinite(values)])
-    with new_figure(path, height=1.6 + 0.6 * len(rows)) as figure:
+    with figure_at(path, height=1.6 + 0.6 * len(rows)) as figure:
         axes = figure.subplots()
         image = axes.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
         axes.grid(visible=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from lightning_ema_nesterov.experiments.study.figures import new_figure
+from lightning_ema_nesterov.experiments.study.figures import figure_at
 from lightning_ema_nesterov.experiments.study.tables import Standing
 
 __all__ = ["MemoryPoint", "draw_frontier", "frontier", "memory_points", "memory_table"]
@@ -72,7 +72,7 @@ def draw_frontier(path: Path, points: Sequence[MemoryPoint]) -> None:
         points: As :func:`memory_points` orders them.
     """
     on_it = frontier(points)
-    with new_figure(path, height=6.0) as figure:
+    with figure_at(path, height=6.0) as figure:
         axes = figure.subplots()
         axes.step([p.kib for p in on_it], [p.loss for p in on_it], "k--", where="post", lw=0.8)
         for method in dict.fromkeys(point.method for point in points):

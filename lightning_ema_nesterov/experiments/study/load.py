@@ -127,6 +127,7 @@ def _in_words(annotation: str) -> str:
     words = {
         "int": "a whole number",
         "float": "a number",
+        "bool": "true or false",
         "float | None": "a number or null",
         "str": "text",
         "str | None": "text",

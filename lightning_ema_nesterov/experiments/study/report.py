@@ -25,6 +25,7 @@ from lightning_ema_nesterov.experiments.study.frontier import (
     memory_points,
     memory_table,
 )
+from lightning_ema_nesterov.experiments.study.maps import draw_step_sizes
 from lightning_ema_nesterov.experiments.study.results import Result, read_events, read_lines
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import (
@@ -71,8 +72,12 @@ def write_report(study_dir: Path) -> Path:
     methods = list(dict.fromkeys([*config["methods"], *(r.run.method for r in results)]))
     trained = {result.run.base for result in results}
     bases = dict.fromkeys([*config["base_optimizers"], *sorted(trained)])
+    confirming = config.get("confirming_seeds", [])
+    choosing = [r for r in trained_runs if r.run.seed not in confirming]
     sections = [_introduction(study_dir.name, config, trained_runs)]
-    sections += [_section(folder, base, results, methods) for base in bases if base in trained]
+    sections += [
+        _section(folder, base, results, methods, choosing) for base in bases if base in trained
+    ]
     sections += _memory_section(folder, results, methods)
     text = "\n\n".join(sections) + "\n"
     (folder / "report.md").write_text(text)
@@ -110,12 +115,18 @@ def _introduction(name: str, study: Mapping[str, Any], results: Sequence[Result]
     )
 
 
-def _section(folder: Path, base: str, results: Sequence[Result], methods: Sequence[str]) -> str:
+def _section(
+    folder: Path,
+    base: str,
+    results: Sequence[Result],
+    methods: Sequence[str],
+    choosing: Sequence[Result],
+) -> str:
     if not any((r.run.base, r.run.method) == (base, BASELINE) for r in results):
         return f"## {base}\n\nNo run of the baseline is finished yet."
     found = standings(results, base, methods)
     said = "\n".join(f"* {note}" for note in notes(results, base, methods))
-    grids = draw_grids(folder, base, found)
+    grids = [*draw_grids(folder, base, found), *draw_step_sizes(folder, base, choosing, found)]
     if grids:
         table = markdown_table([found[0], *sorted(found[1:], key=_mean_difference)])
         pictures = [f"![Differences to the baseline]({path.name})" for path in grids]

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,9 @@ class MethodSpec:
         init_args: Its arguments.
         grid: Values of further arguments. Each combination is a method of its own.
         bases: Names of the base optimizers that it is for; empty for all.
+        lrs: Peak learning rates to try, above 0; empty for those of the base optimizer.
+        lookahead_step_size_by_role: For EMANesterov, other step sizes for the parameters of a role,
+            as for ``litgpt.ema_nesterov``.
         lr_decay: Fraction of the run in which the learning rate falls, in [0, 1]; ``None``: that of
             the base optimizer.
     """
@@ -106,6 +109,8 @@ class MethodSpec:
     init_args: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
     bases: list[str] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+    lookahead_step_size_by_role: dict[str, float] = field(default_factory=dict)
     lr_decay: float | None = None
 
     @property
@@ -127,6 +132,9 @@ class Study:
     method with a lookahead step size: a steady update becomes as large there as with the method.
     It is not where the method has another optimizer or another decay of the learning rate.
 
+    Runs are in the order of the seeds, then of the learning rates: what comes first in the lists is
+    known first, for all methods.
+
     Attributes:
         model: ``class_path`` and ``init_args`` of a LightningModule that logs ``val_loss``. Its
             ``configure_optimizers`` is not used.
@@ -138,11 +146,17 @@ class Study:
         confirming_seeds: Seeds for the best learning rates of each method only, which ``seeds``
             choose. The report is then about the confirming seeds, which chose nothing.
         callbacks: ``class_path`` and ``init_args`` of callbacks that every run has.
+        has_gained_baseline: Whether the baseline is also trained at those learning rates. Without,
+            a grid of methods over many step sizes is compared with the baseline's own rates.
         num_validations: Validations of each run, evenly spaced, the last one at the end.
         lr_warmup: Fraction of the run in which the learning rate rises linearly, in [0, 1].
         lr_decay: Fraction of the run in which it falls linearly to 0, in [0, 1].
         average_shares: Shares of the way from the iterate to the average, in [0, 1], at which runs
             with EMANesterov are evaluated as well. Each is a method of its own in the report.
+        accumulate_grad_batches: Batches of each optimizer step, at least 1.
+        precision: As the Trainer names it: ``32-true``, ``bf16-mixed`` and others.
+        has_checkpoints: Whether each run keeps a checkpoint at its last validation, from which the
+            same command goes on in the middle of the run. The data must say where they are.
         gradient_clip_val: Norm to which gradients are clipped, above 0; ``None``: not at all.
         accelerator: As the Trainer names it.
         num_threads: Threads of torch in each run on a CPU, at least 1: results depend on it.
@@ -157,10 +171,14 @@ class Study:
     seeds: list[int]
     confirming_seeds: list[int] = field(default_factory=list)
     callbacks: list[ClassSpec] = field(default_factory=list)
+    has_gained_baseline: bool = True
     num_validations: int = 10
     lr_warmup: float = 0.05
     lr_decay: float = 0.3
     average_shares: list[float] = field(default_factory=list)
+    accumulate_grad_batches: int = 1
+    precision: str = "32-true"
+    has_checkpoints: bool = False
     gradient_clip_val: float | None = 1.0
     accelerator: str = "cpu"
     num_threads: int = 1
@@ -168,20 +186,32 @@ class Study:
 
     def runs(self) -> list[Run]:
         """Return all runs but the confirming ones, so that a part of them is a study too."""
-        pairs = itertools.product(self.seeds, self.base_optimizers)
-        return list(dict.fromkeys(run for seed, base in pairs for run in self._runs_of(base, seed)))
+        by_rank = {
+            base: [list(self._runs_of(base, name)) for name in self.methods]
+            for base in self.base_optimizers
+        }
+        num_ranks = max(len(ranks) for found in by_rank.values() for ranks in found)
+        ordered = [
+            replace(run, seed=seed)
+            for seed, rank in itertools.product(self.seeds, range(num_ranks))
+            for found in by_rank.values()
+            for ranks in found
+            for run in (ranks[rank] if rank < len(ranks) else [])
+        ]
+        return list(dict.fromkeys(ordered))
 
-    def _runs_of(self, base: str, seed: int) -> Iterator[Run]:
-        for name, method in self.methods.items():
-            if method.bases and base not in method.bases:
-                continue
-            optimizer = self.base_optimizers[base].instead.get(name)
-            for lr in (optimizer or self.base_optimizers[base]).lrs:
-                yield Run(base, name, lr, seed)
-                is_alike = optimizer is None and method.lr_decay is None
-                if is_alike and method.lookahead_step_size:
-                    gained = lr / (1.0 - method.lookahead_step_size)
-                    yield Run(base, BASELINE, float(f"{gained:.3g}"), seed)
+    def _runs_of(self, base: str, name: str) -> Iterator[list[Run]]:
+        """Return the runs of a method at each of its learning rates, with the first seed."""
+        method, optimizer = self.methods[name], self.base_optimizers[base].instead.get(name)
+        if method.bases and base not in method.bases:
+            return
+        is_alike = optimizer is None and method.lr_decay is None and self.has_gained_baseline
+        for lr in method.lrs or (optimizer or self.base_optimizers[base]).lrs:
+            found = [Run(base, name, lr, self.seeds[0])]
+            if is_alike and method.lookahead_step_size:
+                gained = lr / (1.0 - method.lookahead_step_size)
+                found.append(Run(base, BASELINE, float(f"{gained:.3g}"), self.seeds[0]))
+            yield found
 
     def optimizer_of(self, run: Run) -> BaseOptimizer:
         """Return the base optimizer of a run."""

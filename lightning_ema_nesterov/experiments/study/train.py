@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,23 +15,23 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from typing_extensions import override
 
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.diagnostics import LossAtAverage
 from lightning_ema_nesterov.experiments.advice import without_advice
 from lightning_ema_nesterov.experiments.study.classes import find_class
-from lightning_ema_nesterov.experiments.study.results import (
-    DIVERGED,
-    STATE_BYTES,
-    STATE_PER_PARAMETER,
-    STEP_SECONDS,
-)
 from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, ClassSpec, Run, Study
-from lightning_ema_nesterov.optimizers.from_config import build_optimizer
+from lightning_ema_nesterov.experiments.study.watch import KeepsLast, Watch
+from lightning_ema_nesterov.litgpt.roles import set_step_sizes
+from lightning_ema_nesterov.optimizers.base import LeanOptimizer
+from lightning_ema_nesterov.optimizers.from_config import build_optimizer, import_optimizer
 from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
+from lightning_ema_nesterov.optimizers.roles import groups_by_role
 
-__all__ = ["train_run"]
+__all__ = ["CHECKPOINT", "train_run"]
+
+CHECKPOINT = "unfinished.ckpt"
+"""File in the folder of a run that is not finished."""
 
 
 def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -> None:
@@ -46,18 +42,23 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
     Args:
         study: The study.
         run: One of its runs.
-        root: Folder below which the run's folder is made; what is there of it is replaced.
+        root: Folder below which the run's folder is made. What is there of it is replaced, unless
+            it holds a checkpoint to go on from.
         is_watched: Whether somebody waits for this run: it shows its progress and keeps
             checkpoints, at each validation, after an exception and at the end.
     """
     torch.set_num_threads(study.num_threads)
     folder = root / run.folder
-    shutil.rmtree(folder, ignore_errors=True)
+    checkpoint = folder / CHECKPOINT
+    is_resumed = study.has_checkpoints and checkpoint.exists()
+    if not is_resumed:
+        shutil.rmtree(folder, ignore_errors=True)
     seed_everything(run.seed, verbose=False)
     model = _build(study.model, "model")
     _set_optimizer(model, study, run)
     # Other processes on the machine do not count for a run on its CPU.
-    watch = _Watch(time.process_time if study.accelerator == "cpu" else time.perf_counter)
+    clock = time.process_time if study.accelerator == "cpu" else time.perf_counter
+    watch = Watch(clock, study.accumulate_grad_batches)
     method = study.methods[run.method]
     own = (*study.callbacks, *study.optimizer_of(run).callbacks)
     callbacks = [watch, *(_build(spec, "callbacks") for spec in own)]
@@ -67,10 +68,12 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
             callbacks.append(LossAtAverage(study.average_shares))
     with without_advice():
         trainer = _make_trainer(study, folder, callbacks, is_watched=is_watched)
-        trainer.fit(model, datamodule=_build(study.data, "data"))
+        data = _build(study.data, "data")
+        trainer.fit(model, datamodule=data, ckpt_path=checkpoint if is_resumed else None)
         if is_watched:
             trainer.save_checkpoint(folder / "final.ckpt")
     watch.write(trainer, _hyperparameters(study, run))
+    checkpoint.unlink(missing_ok=True)
 
 
 def _build(spec: ClassSpec, key: str) -> Any:
@@ -98,6 +101,9 @@ def _set_optimizer(model: LightningModule, study: Study, run: Run) -> None:
 
     def configure_optimizers() -> Any:
         optimizer = _make_optimizer(spec, run.lr, model)
+        by_role = study.methods[run.method].lookahead_step_size_by_role
+        if by_role:
+            set_step_sizes(optimizer, model, by_role, argument="lookahead_step_size_by_role")
         scheduler = LambdaLR(optimizer, lambda step_idx: schedule.lr_at(step_idx))
         return {
             "optimizer": optimizer,
@@ -109,7 +115,10 @@ def _set_optimizer(model: LightningModule, study: Study, run: Run) -> None:
 
 def _make_optimizer(spec: BaseOptimizer, lr: float, model: nn.Module) -> Optimizer:
     named = {"class_path": spec.class_path, "init_args": spec.init_args}
-    optimizer = build_optimizer(named, model.parameters(), argument="base_optimizers")
+    factory = import_optimizer(spec.class_path, "base_optimizers")
+    has_roles = isinstance(factory, type) and issubclass(factory, LeanOptimizer)
+    params = groups_by_role(model) if has_roles else model.parameters()
+    optimizer = build_optimizer(named, params, argument="base_optimizers")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr"] / optimizer.defaults["lr"]
     return optimizer
@@ -120,15 +129,20 @@ def _make_trainer(
 ) -> Trainer:
     validate_every = study.num_steps // study.num_validations
     log_every = max(1, study.num_steps // 50)
+    num_batches = study.num_steps * study.accumulate_grad_batches
     if is_watched:
         callbacks = [*callbacks, _make_checkpoint(folder, validate_every)]
+    elif study.has_checkpoints:
+        callbacks = [*callbacks, KeepsLast(folder / CHECKPOINT)]
     return Trainer(
         accelerator=study.accelerator,
         devices=1,
+        precision=study.precision,  # type: ignore[arg-type]  # the Trainer checks it
+        accumulate_grad_batches=study.accumulate_grad_batches,
         max_steps=study.num_steps,
         # The progress bar then knows where the run ends, also where the data have no end.
-        limit_train_batches=study.num_steps if is_watched else None,
-        val_check_interval=validate_every,
+        limit_train_batches=num_batches if is_watched else None,
+        val_check_interval=validate_every * study.accumulate_grad_batches,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         gradient_clip_val=study.gradient_clip_val,
@@ -148,73 +162,3 @@ def _make_checkpoint(folder: Path, every_num_steps: int) -> ModelCheckpoint:
         every_n_train_steps=every_num_steps,
         save_on_exception=True,
     )
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
-
-
-class _Watch(Callback):
-    """Times the steps, and ends a run whose loss is not finite.
-
-    Args:
-        clock: Returns seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.seconds: list[float] = []
-        self.is_diverged = False
-        self.state_elements = 0
-        self.state_bytes = 0
-        self._started = 0.0
-
-    @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._started = self.clock()
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.seconds.append(self.clock() - self._started)
-        if not math.isfinite(float(outputs["loss"])):
-            self.is_diverged = True
-            trainer.should_stop = True
-            # The method would advise another warmup; until the run's end nobody wants to hear that.
-            warnings.filterwarnings("ignore", ".*did not look ahead.*")
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        [optimizer] = trainer.optimizers
-        kept = [t for entry in optimizer.state.values() for t in _tensors(entry) if t.ndim]
-        self.state_elements = max(self.state_elements, sum(t.numel() for t in kept))
-        self.state_bytes = max(self.state_bytes, sum(t.nbytes for t in kept))
-
-    def write(self, trainer: Trainer, hyperparameters: dict[str, Any]) -> None:
-        """Add what is known after the run to its event file.
-
-        Args:
-            trainer: That of the run.
-            hyperparameters: What TensorBoard shows in its table of runs.
-        """
-        val_loss = float(trainer.callback_metrics.get("val_loss", math.nan))
-        elements = sum(p.numel() for p in trainer.lightning_module.parameters())
-        [logger] = trainer.loggers
-        logger.log_hyperparams(hyperparameters, {"hp/val_loss": val_loss})
-        logger.log_metrics(
-            {
-                STEP_SECONDS: statistics.median(self.seconds),
-                STATE_PER_PARAMETER: self.state_elements / elements,
-                STATE_BYTES: float(self.state_bytes),
-                DIVERGED: float(self.is_diverged or not math.isfinite(val_loss)),
-            },
-            step=max(0, trainer.global_step - 1),
-        )
-        logger.finalize("success")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -77,17 +77,21 @@ class RandomWindows(Sampler[int]):
     Args:
         windows: What to draw from.
         seed: Seed of the order, the same in every pass.
+        num_taken: First windows of the order to leave out.
     """
 
-    def __init__(self, windows: Windows, *, seed: int) -> None:
+    def __init__(self, windows: Windows, *, seed: int, num_taken: int = 0) -> None:
         self.num_windows = len(windows)
         self.seed = seed
+        self.num_taken = num_taken
 
     @override
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
-        while True:
-            yield int(torch.randint(self.num_windows, (), generator=generator))
+        for idx in count():
+            window = int(torch.randint(self.num_windows, (), generator=generator))
+            if idx >= self.num_taken:
+                yield window
 
 
 def evenly_spaced(data: Tensor, *, window_size: int, num_windows: int) -> Subset[Tensor]:

@@ -1,0 +1,214 @@
+"""Figures of a study of learning rate and lookahead step size together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from lightning_ema_nesterov.experiments.study.figures import figure_at
+from lightning_ema_nesterov.experiments.study.results import Result
+from lightning_ema_nesterov.experiments.study.spec import BASELINE
+from lightning_ema_nesterov.experiments.study.tables import CONFIDENCE, Standing
+
+__all__ = ["draw_step_sizes"]
+
+Cells = Mapping[tuple[float, float], float]
+"""Mean final losses by step size and learning rate."""
+
+_NAME = re.compile(r"(.*)\[lookahead_step_size=([^,\]]+)\](?: @ (.*))?")
+
+
+def draw_step_sizes(
+    folder: Path, base: str, choosing: Sequence[Result], found: Sequence[Standing]
+) -> list[Path]:
+    r"""Draw final losses over learning rate and step size, and the best loss of each step size.
+
+    The map is of the runs that choose the learning rate. The line in it goes through the baseline's
+    best rate :math:`\eta_0`: where :math:`\eta = (1 - \beta)\,\eta_0`, steady steps are as large.
+
+    Args:
+        folder: Where the PNG files go.
+        base: Name of the base optimizer.
+        choosing: Results of the seeds that choose the learning rates.
+        found: Standings on the base optimizer, of the seeds that are compared.
+
+    Returns:
+        The files: none unless a method has a grid over ``lookahead_step_size`` alone, and several
+        learning rates.
+    """
+    families = dict.fromkeys(match[1] for s in found if (match := _NAME.fullmatch(s.method)))
+    paths = []
+    for family in families:
+        cells = _cells(choosing, base, family)
+        if min(len({key[axis] for key in cells}) for axis in (0, 1)) < 2:
+            continue
+        files = [folder / f"{base}_{family}_{kind}.png" for kind in ("map", "best")]
+        _draw_map(files[0], f"{base}, {family}", cells)
+        _draw_best(files[1], f"{base}, {family}", _by_reading(found, family))
+        paths += files
+    return paths
+
+
+def _cells(results: Iterable[Result], base: str, family: str) -> dict[tuple[float, float], float]:
+    finals: dict[tuple[float, float], list[float]] = {}
+    for result in results:
+        step_size = _step_size(result.run.method, family)
+        if result.run.base == base and step_size is not None:
+            finals.setdefault((step_size, result.run.lr), []).append(result.final)
+    return {key: mean(values) for key, values in finals.items()}
+
+
+def _step_size(method: str, family: str) -> float | None:
+    """Return the step size of a method of the family, 0 of the baseline."""
+    match = _NAME.fullmatch(method)
+    if match and match[1] == family and match[3] is None:
+        return float(match[2])
+    return 0.0 if method == BASELINE else None
+
+
+def _draw_map(path: Path, title: str, cells: Cells) -> None:
+    step_sizes, lrs = (sorted({key[axis] for key in cells}) for axis in (0, 1))
+    losses = np.array([[cells.get((s, lr), math.nan) for lr in lrs] for s in step_sizes])
+    of_baseline = {lr: loss for (s, lr), loss in cells.items() if s == 0.0}
+    best_lr = min(of_baseline or {lrs[0]: 0.0}, key=lambda lr: of_baseline.get(lr, math.inf))
+    reference = of_baseline.get(best_lr, float(np.nanmin(losses)))
+    gaps = losses - reference
+    bound = _colour_bound(gaps[np.isfinite(gaps)])
+    with figure_at(path, height=2.2 + 0.5 * len(step_sizes)) as figure:
+        axes = figure.subplots()
+        axes.grid(visible=False)
+        edges = [2.0**x for x in _edges([math.log2(lr) for lr in lrs])]
+        rows = _edges(list(range(len(step_sizes))))
+        shown = np.where(np.isinf(gaps), math.nan, gaps)
+        image = axes.pcolormesh(edges, rows, shown, cmap="RdBu_r", vmin=-bound, vmax=bound)
+        _write_losses(axes, lrs, losses, gaps, bound)
+        _draw_line(axes, best_lr, step_sizes, (edges[0], edges[-1]))
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+        axes.set_yticks(range(len(step_sizes)), [f"{s:g}" for s in step_sizes])
+        axes.set_ylabel("lookahead step size β")
+        axes.set_xlabel("learning rate η")
+        axes.set_title(f"{title}: final loss; bold: the best of each β")
+        figure.legend(loc="outside lower center", fontsize="small")
+        figure.colorbar(
+            image, extend="both", label="difference to the baseline's best\n(below 0 is better)"
+        )
+
+
+def _colour_bound(gaps: np.ndarray) -> float:
+    """Return the end of the scale: the middle of all differences, or twice the largest gain."""
+    if not gaps.size:
+        return 1.0
+    return max(-2.0 * float(gaps.min()), float(np.median(np.abs(gaps)))) or 1.0
+
+
+def _edges(centres: Sequence[float]) -> list[float]:
+    """Return the borders of cells with these centres, in increasing order."""
+    inner = [(a + b) / 2 for a, b in pairwise(centres)]
+    return [2 * centres[0] - inner[0], *inner, 2 * centres[-1] - inner[-1]]
+
+
+def _write_losses(
+    axes: Axes, lrs: Sequence[float], losses: np.ndarray, gaps: np.ndarray, bound: float
+) -> None:
+    for i, j in np.ndindex(losses.shape):
+        loss = losses[i, j]
+        if math.isnan(loss):
+            continue
+        is_best = loss == np.nanmin(losses[i]) and math.isfinite(loss)
+        axes.text(
+            lrs[j],
+            i,
+            f"{loss:.4f}" if math.isfinite(loss) else "diverged",
+            color="white" if 0.7 * bound < abs(gaps[i, j]) < math.inf else "black",
+            fontweight="bold" if is_best else "normal",
+            ha="center",
+            va="center",
+            fontsize="small",
+        )
+
+
+def _draw_line(
+    axes: Axes, best_lr: float, step_sizes: Sequence[float], limits: tuple[float, float]
+) -> None:
+    # Rows are evenly spaced: between two of them the step size is taken as linear.
+    heights = np.linspace(0, len(step_sizes) - 1, 200)
+    betas = np.interp(heights, range(len(step_sizes)), step_sizes)
+    rates = best_lr * (1.0 - betas)
+    inside = (rates >= limits[0]) & (rates <= limits[1])
+    axes.plot(
+        rates[inside],
+        heights[inside],
+        color="black",
+        linestyle="--",
+        alpha=0.6,
+        zorder=1.5,  # below the numbers
+        label="η / (1 - β) is the baseline's best η",
+    )
+
+
+def _by_reading(found: Sequence[Standing], family: str) -> dict[str, list[tuple[float, Standing]]]:
+    """Return step sizes and standings, by the point at which they were evaluated."""
+    readings: dict[str, list[tuple[float, Standing]]] = {}
+    for standing in found:
+        match = _NAME.fullmatch(standing.method)
+        if match and match[1] == family:
+            reading = "iterate" if match[3] is None else f"average, share {match[3]}"
+            readings.setdefault(reading, []).append((float(match[2]), standing))
+    if "iterate" in readings:
+        readings["iterate"].append((0.0, found[0]))
+    return {name: sorted(rows, key=lambda row: row[0]) for name, rows in readings.items()}
+
+
+def _draw_best(
+    path: Path, title: str, readings: Mapping[str, list[tuple[float, Standing]]]
+) -> None:
+    num_seeds = max(len(s.results) for rows in readings.values() for _, s in rows)
+    with figure_at(path, height=4.6) as figure:
+        axes = figure.subplots()
+        axes.axhline(0.0, color="black", linewidth=1.0)
+        for idx, (reading, rows) in enumerate(readings.items()):
+            _draw_reading(axes, reading, rows, shift=0.012 * (idx - (len(readings) - 1) / 2))
+        axes.legend(fontsize="small")
+        axes.margins(x=0.1)
+        axes.set_xlabel("lookahead step size β (0: the baseline)")
+        axes.set_ylabel("difference to the baseline\n(below 0 is better)")
+        seeds = (
+            f"{num_seeds} seeds, intervals of {CONFIDENCE:.0%}"
+            if num_seeds > 1
+            else "one seed, which also chose the learning rates: no interval"
+        )
+        axes.set_title(f"{title}: the best of each β, with its learning rate\n({seeds})")
+
+
+def _draw_reading(
+    axes: Axes, reading: str, rows: Sequence[tuple[float, Standing]], *, shift: float
+) -> None:
+    known = [(beta, s) for beta, s in rows if math.isfinite(s.difference.mean)]
+    means = [s.difference.mean for _, s in known]
+    margins = [s.difference.high - s.difference.mean for _, s in known]
+    axes.errorbar(
+        [beta + shift for beta, _ in known],
+        means,
+        [margin if math.isfinite(margin) else 0.0 for margin in margins],
+        marker="o",
+        capsize=3,
+        label=reading,
+    )
+    if reading == "iterate":
+        for (beta, standing), value in zip(known, means, strict=True):
+            axes.annotate(
+                f"η {standing.lr:g}",
+                (beta + shift, value),
+                xytext=(5, 7),
+                textcoords="offset points",
+                fontsize="small",
+            )

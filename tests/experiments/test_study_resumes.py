@@ -1,0 +1,125 @@
+"""A run of a study that was stopped in the middle goes on as if it had not been."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_ema_nesterov.experiments.study import train
+from lightning_ema_nesterov.experiments.study.load import load_study
+from lightning_ema_nesterov.experiments.study.results import read_event_folder
+from lightning_ema_nesterov.experiments.study.spec import Run, Study
+from lightning_ema_nesterov.experiments.tokens import TokenWindows
+from tests.experiments.toys import write, write_text
+
+RUN = Run("adamw", "ema", 0.01, 0)
+
+
+def token_study(folder: Path) -> Study:
+    experiments = "lightning_ema_nesterov.experiments"
+    data = {
+        "text": str(write_text(folder, 20)),
+        "cache_dir": str(folder / "tokens"),
+        "vocab_size": 300,
+        "window_size": 8,
+        "batch_size": 2,
+        "num_validation_windows": 4,
+    }
+    return load_study(
+        write(
+            folder,
+            model={
+                "class_path": f"{experiments}.model.ByteDecoder",
+                "init_args": {"window_size": 8, "num_layers": 1, "width": 16, "vocab_size": 300},
+            },
+            data={"class_path": f"{experiments}.tokens.TokenWindows", "init_args": data},
+            base_optimizers={"adamw": {"class_path": "AdamW", "lrs": [0.01]}},
+            methods={"ema": {"class_path": "EMANesterov", "init_args": {"ema_decay": 0.9}}},
+            average_shares=[1.0],
+            accumulate_grad_batches=2,
+            precision="bf16-mixed",
+            has_checkpoints=True,
+            num_steps=12,
+            num_validations=4,
+        )
+    )
+
+
+class Stops(Callback):
+    """Ends the run a step after a validation, as a time limit would."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: object
+    ) -> None:
+        if trainer.global_step == 7:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_interrupted_run_goes_on_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = token_study(tmp_path)
+    train.train_run(study, RUN, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stops = Stops()
+        make = train._make_trainer
+
+        def make_with_stop(*args: object, **kwargs: object) -> Trainer:
+            trainer = make(*args, **kwargs)  # type: ignore[arg-type]  # passed on
+            trainer.callbacks.append(stops)  # type: ignore[attr-defined]  # set elsewhere
+            return trainer
+
+        patch.setattr(train, "_make_trainer", make_with_stop)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            train.train_run(study, RUN, tmp_path / "pieces")
+    checkpoint = tmp_path / "pieces" / RUN.folder / train.CHECKPOINT
+    assert torch.load(checkpoint, weights_only=False)["global_step"] == 6
+    train.train_run(study, RUN, tmp_path / "pieces")
+    assert not checkpoint.exists()
+    whole, pieces = (
+        read_event_folder(tmp_path / name / RUN.folder) for name in ("whole", "pieces")
+    )
+    for found, expected in (
+        (pieces.val_loss, whole.val_loss),
+        (pieces.at_average[1.0], whole.at_average[1.0]),
+    ):
+        assert [p.step for p in expected] == [3, 6, 9, 12]
+        assert [(p.step, p.value) for p in found] == [(p.step, p.value) for p in expected]
+    assert len({p.value for p in whole.val_loss}) == 4
+    other = replace(study, accumulate_grad_batches=1)
+    train.train_run(other, RUN, tmp_path / "other")
+    assert read_event_folder(tmp_path / "other" / RUN.folder).final != whole.final
+
+
+def test_tokens_are_those_of_the_text(tmp_path: Path) -> None:
+    """Byte-level: decoded they are the text again, and they are encoded once."""
+    text = write_text(tmp_path, 20)
+    make = partial(
+        TokenWindows,
+        str(text),
+        cache_dir=str(tmp_path / "tokens"),
+        vocab_size=300,
+        window_size=8,
+        batch_size=2,
+    )
+    data, again = make(), make()
+    data.setup("fit")
+    [path] = (tmp_path / "tokens").iterdir()
+    written = path.stat().st_mtime_ns
+    again.setup("fit")
+    assert path.stat().st_mtime_ns == written
+    assert torch.equal(data.corpus.train, again.corpus.train)
+    assert int(data.corpus.train.numpy().max()) < 300
+    assert len(data.corpus.train) < sum(p.stat().st_size for p in text.iterdir()) / 1.2
+    batch = next(iter(data.train_dataloader()))
+    assert batch.shape == (2, 9)
+    tokens = data.corpus.train.numpy().astype(np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, 9)
+    assert all((windows == row.numpy()).all(axis=1).any() for row in batch)
+    with pytest.raises(ValueError, match=r"vocab_size must be in \[257, 65536\], got 256"):
+        TokenWindows(vocab_size=256)
