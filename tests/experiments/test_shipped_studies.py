@@ -16,9 +16,11 @@ from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.results import read_events, read_lines
 from lightning_ema_nesterov.experiments.study.spec import ClassSpec
 from lightning_ema_nesterov.experiments.study.tables import judged, markdown_table, standings
-from tests.experiments.toys import STUDIES
+from tests.experiments.toys import ROOT, STUDIES
 
 RESULTS = sorted(path.parent for path in (STUDIES / "results").glob("*/runs.jsonl"))
+
+PAGES = [STUDIES / "README.md", ROOT / "README.md", ROOT / "docs/results.md"]
 
 
 @pytest.mark.slow
@@ -110,10 +112,10 @@ def test_results_in_the_readme_are_those_of_the_lines() -> None:
     assert rows == expected
 
 
-def test_intervals_in_the_text_are_those_of_a_table() -> None:
-    text = (STUDIES / "README.md").read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_intervals_in_the_text_are_those_of_a_table(page: Path) -> None:
     tables = "".join((folder / "report/report.md").read_text() for folder in RESULTS)
-    intervals = re.findall(r"[+-]\d\.\d{4}\s\[[^\]]+\]", text)
+    intervals = re.findall(r"[+-]\d\.\d{4}\s\[[^\]]+\]", page.read_text())
     assert len(intervals) >= 10
     for interval in intervals:
         assert re.sub(r"\s+", " ", interval) in tables

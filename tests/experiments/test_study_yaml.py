@@ -100,9 +100,15 @@ def test_what_is_not_yaml_is_shown_its_line(
         ({"gradient_clip_val": "big"}, "gradient_clip_val must be a number or null, got 'big'."),
         ({"gradient_clip_val": -1.0}, "gradient_clip_val must be above 0, or null"),
         ({"num_threads": 0}, "num_threads must be at least 1, got 0"),
-        ({"accelerator": "gpuu"}, "accelerator and precision must be what this machine has, got 'gpuu'"),
+        (
+            {"accelerator": "gpuu"},
+            "accelerator and precision must be what this machine has, got 'gpuu'",
+        ),
         ({"quick": 5}, "quick must be a mapping of names, got 5"),
-        ({"accelerator": "tpu"}, "accelerator and precision must be what this machine has, got 'tpu'"),
+        (
+            {"accelerator": "tpu"},
+            "accelerator and precision must be what this machine has, got 'tpu'",
+        ),
     ],
 )
 def test_wrong_values_of_the_study_are_named(
