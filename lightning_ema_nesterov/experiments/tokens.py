@@ -42,7 +42,7 @@ class TokenWindows(TextWindows):
         num_validation_windows: Windows to validate on, at most.
 
     Raises:
-        ValueError: If ``vocab_size`` is out of its range.
+        ValueError: If ``vocab_size`` is out of its range; in training, if the text is too short.
     """
 
     def __init__(
@@ -80,6 +80,12 @@ class TokenWindows(TextWindows):
                 corpus,
                 train=torch.from_numpy(tokens["train"]),
                 validation=torch.from_numpy(tokens["validation"]),
+            )
+        fewest = min(len(self.corpus.train), len(self.corpus.validation))
+        if fewest <= self.window_size:
+            raise ValueError(
+                f"text must be longer than one window of {self.window_size} tokens in both parts, "
+                f"and one has {fewest}. Give a longer text."
             )
 
 

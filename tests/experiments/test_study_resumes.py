@@ -121,5 +121,9 @@ def test_tokens_are_those_of_the_text(tmp_path: Path) -> None:
     tokens = data.corpus.train.numpy().astype(np.int64)
     windows = np.lib.stride_tricks.sliding_window_view(tokens, 9)
     assert all((windows == row.numpy()).all(axis=1).any() for row in batch)
+    with pytest.raises(ValueError, match=r"longer than one window of 3000 tokens"):
+        TokenWindows(
+            str(text), cache_dir=str(tmp_path / "tokens"), vocab_size=300, window_size=3000
+        ).setup("fit")
     with pytest.raises(ValueError, match=r"vocab_size must be in \[257, 65536\], got 256"):
         TokenWindows(vocab_size=256)
