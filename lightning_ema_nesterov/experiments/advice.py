@@ -25,8 +25,6 @@ def without_advice() -> Iterator[None]:
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
         # A run that diverged ends early, and its event file says so.
         warnings.filterwarnings("ignore", "EMANesterov did not look ahead.*")
-        # A study without lookahead is about the average alone.
-        warnings.filterwarnings("ignore", "EMANesterov never looks ahead.*")
         for name in levels:
             logging.getLogger(name).setLevel(logging.WARNING)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
         if study.average_shares and isinstance(callbacks[-1], EMANesterov):
             callbacks.append(LossAtAverage(study.average_shares))
     with without_advice():
+        if study.average_shares:  # a method without lookahead is then about the average alone
+            warnings.filterwarnings("ignore", "EMANesterov never looks ahead.*")
         trainer = _make_trainer(study, folder, callbacks, is_watched=is_watched)
         data = _build(study.data, "data")
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint if is_resumed else None)
