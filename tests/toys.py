@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -218,6 +219,19 @@ def snapshot(module: nn.Module) -> list[Tensor]:
 def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     """Whether two lists of tensors are equal, bit for bit."""
     return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
+
+
+def largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    """Save and load a state as a checkpoint that may hold tensors only."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
 
 
 def relative_error(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -106,7 +106,7 @@ class Progress:
         if "lr" not in group:
             return 1.0
         lr = float(group["lr"])  # once: the host waits for a tensor on a GPU
-        max_lr = largest_lr({**group, "lr": lr}, self._max_lrs.get(group_idx))
+        max_lr = largest_lr(group, lr, self._max_lrs.get(group_idx))
         self._max_lrs[group_idx] = max_lr
         lr *= rate_factor(self.base_optimizer)
         return lr / max_lr if max_lr > 0 else 0.0
@@ -155,7 +155,7 @@ class Progress:
         self._max_lrs = {idx: float(lr) for idx, lr in loaded.items() if lr is not None}
 
 
-def largest_lr(group: Mapping[str, Any], known: float | None = None) -> float:
+def largest_lr(group: Mapping[str, Any], lr: float, known: float | None = None) -> float:
     """Return the largest learning rate of a parameter group, as far as anyone has told.
 
     It starts as ``group["max_lr"]`` where there is one (OneCycleLR sets it, and users may), else as
@@ -163,14 +163,14 @@ def largest_lr(group: Mapping[str, Any], known: float | None = None) -> float:
     maximum.
 
     Args:
-        group: A parameter group; its ``lr`` is a number or a tensor of one element.
+        group: A parameter group.
+        lr: Its learning rate, read by the caller: where it is a tensor on a GPU the host waits.
         known: The maximum so far, ``None`` at the start.
 
     Example:
-        >>> largest_lr({"lr": 0.1, "initial_lr": 0.4})
+        >>> largest_lr({"initial_lr": 0.4}, lr=0.1)
         0.4
     """
-    lr = float(group["lr"])
     start = group.get("max_lr", group.get("initial_lr", lr)) if known is None else known
     return max(float(start), lr)
 

@@ -19,6 +19,7 @@ from lightning_ema_nesterov.experiments.study.figures import draw_curves, styles
 from lightning_ema_nesterov.experiments.study.results import (
     Result,
     read_event_folder,
+    reading_at,
     with_averages,
 )
 from lightning_ema_nesterov.experiments.study.spec import (
@@ -42,7 +43,7 @@ NUM_VALIDATION_WINDOWS = 640
 NUM_VALIDATIONS = 20
 RECIPES = [f"recipes/quickstart/{name}.yaml" for name in ("base", "ema_nesterov")]
 BASE, TREATED = "adamw", "ema_nesterov"
-AVERAGE = f"{TREATED} @ 1"  # as a study names it
+AVERAGE = reading_at(TREATED, 1.0)
 _RECORDED = ("adamw", "adamw_ema_nesterov", "adamw_ema_nesterov_average")
 
 

@@ -124,7 +124,7 @@ def test_ratio_to_the_largest_learning_rate(
 
 
 def test_reference_is_the_group_max_lr_when_the_user_sets_it() -> None:
-    assert largest_lr({"lr": 0.1, "initial_lr": 0.2, "max_lr": 0.4}) == 0.4
+    assert largest_lr({"initial_lr": 0.2, "max_lr": 0.4}, lr=0.1) == 0.4
 
 
 def test_progress_is_saved_with_the_optimizer_and_not_in_its_groups() -> None:

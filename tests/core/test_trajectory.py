@@ -248,8 +248,8 @@ def test_bfloat16_parameters_are_followed_as_well_as_with_two_bfloat16_buffers(
 ) -> None:
     """Updates near one unit in the last place of the parameters, against the float64 recursion.
 
-    Rounding of the parameters is most of both errors. Without the stored iterate in the direction
-    (test_narrow.py) one more buffer would be needed to come as near.
+    Rounding of the parameters is most of both errors. That the direction is that of the stored
+    iterates is in test_narrow.py.
     """
     generator = torch.Generator().manual_seed(0)
 

@@ -22,8 +22,8 @@ from lightning_ema_nesterov.low_rank import (
     attach_momentum_reset,
     attach_weight_refactorization,
 )
-from tests.low_rank.toy import LowRankToy, difference, equal, loss_of, rarely, snapshot
-from tests.toys import make_trainer
+from tests.low_rank.toy import LowRankToy, loss_of, rarely
+from tests.toys import equal, largest_difference, make_trainer, snapshot
 
 MakeCallbacks = Callable[[], list[Callback]]
 
@@ -88,7 +88,7 @@ def test_trainer_equals_a_loop_of_ones_own_in_any_order(order: str) -> None:
     module = LitLowRank()
     fit(module, ORDERS[order](), 8)
     assert equal(snapshot(module), expected(8))
-    assert difference(snapshot(module), expected(8, with_others=False)) > 1e-3
+    assert largest_difference(snapshot(module), expected(8, with_others=False)) > 1e-3
 
 
 @pytest.mark.parametrize("order", rarely(ORDERS, "method last"))

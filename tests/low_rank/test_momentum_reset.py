@@ -22,9 +22,10 @@ from lightning_ema_nesterov.low_rank import attach_momentum_reset
 from lightning_ema_nesterov.optimizers import groups_by_role
 from lightning_ema_nesterov.optimizers.per_role import OptimizerPerRole
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
-from tests.low_rank.toy import LowRankToy, equal, loss_of, rarely, snapshot, through_a_file, train
+from tests.low_rank.toy import LowRankToy, loss_of, rarely, train
 from tests.optimizers import tiny
 from tests.optimizers.tiny import OPTIMIZERS, TinyLM
+from tests.toys import equal, snapshot, through_a_file
 
 Make = Callable[[nn.Module], Optimizer]
 

@@ -26,17 +26,8 @@ from lightning_ema_nesterov.rules.ema import DIRECTION_KEY, SCALES_KEY
 from lightning_ema_nesterov.rules.gpa import GPADirections
 from lightning_ema_nesterov.rules.slow_weights import SlowWeights
 from tests.low_rank import reference
-from tests.low_rank.toy import (
-    LowRankToy,
-    difference,
-    equal,
-    loss_of,
-    rarely,
-    snapshot,
-    through_a_file,
-    train,
-    weights,
-)
+from tests.low_rank.toy import LowRankToy, loss_of, rarely, train, weights
+from tests.toys import equal, largest_difference, snapshot, through_a_file
 
 BETA, GAMMA, STEPS = 0.6, 0.8, 12
 Make = Callable[[Any], Optimizer]
@@ -130,12 +121,12 @@ def test_run_follows_the_oracle(case: str, order: str, compile: bool) -> None:
         optimizer.zero_grad()
         loss = loss_of(model, t)
         # 12 steps of rounding at 1e-16, through a decomposition of condition below 1e3.
-        assert difference(weights(model), lookaheads[t]) < 1e-11, t
+        assert largest_difference(weights(model), lookaheads[t]) < 1e-11, t
         loss.backward()  # type: ignore[no-untyped-call]  # of torch
         optimizer.step()
-        assert difference(weights(model), iterates[t + 1]) < 1e-11, t
+        assert largest_difference(weights(model), iterates[t + 1]) < 1e-11, t
     untreated, _ = oracle(make, refactorize_every=None, reset_every=None)
-    assert difference(untreated[-1], iterates[-1]) > 1e-4
+    assert largest_difference(untreated[-1], iterates[-1]) > 1e-4
 
 
 def test_without_transport_the_run_would_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +138,7 @@ def test_without_transport_the_run_would_be_another(monkeypatch: pytest.MonkeyPa
     attach(optimizer, model)
     attach_weight_refactorization(optimizer, model, every_n_steps=4)
     train(model, optimizer, STEPS)
-    assert difference(weights(model), iterates[-1]) > 1e-4
+    assert largest_difference(weights(model), iterates[-1]) > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -178,12 +169,12 @@ def test_lookahead_weight_and_average_stay(direction_dtype: str, tolerance: floa
     before, old = points(), snapshot(model)
     assert refactorize_(model, [optimizer]) == 2
     after = points()
-    assert difference(snapshot(model), old) > 1e-2
-    assert difference(after["iterate"], before["iterate"]) < 1e-13
+    assert largest_difference(snapshot(model), old) > 1e-2
+    assert largest_difference(after["iterate"], before["iterate"]) < 1e-13
     for name in ("lookahead", "average"):
-        moved = difference(before[name], before["iterate"])
+        moved = largest_difference(before[name], before["iterate"])
         assert moved > 1e-6
-        assert difference(after[name], before[name]) < tolerance * moved
+        assert largest_difference(after[name], before[name]) < tolerance * moved
 
 
 @pytest.mark.parametrize("rule", ["gpa", "snoo"])
@@ -205,9 +196,10 @@ def test_what_peers_keep_follows_too(rule: str) -> None:
 
     before = kept()
     assert refactorize_(model, [optimizer]) == 2
-    assert difference(kept(), before) < 1e-12
+    assert largest_difference(kept(), before) < 1e-12
     assert (
-        difference([optimizer.state[model.first.B][made.keys[0]]], [model.first.B.detach()]) > 1e-3
+        largest_difference([optimizer.state[model.first.B][made.keys[0]]], [model.first.B.detach()])
+        > 1e-3
     )
 
 
@@ -245,7 +237,7 @@ def test_sparse_entries_stay() -> None:
     assert values is not None
     old = values.detach().clone()
     assert refactorize_(model) == 2
-    assert difference(weights(model), before) < 1e-13
+    assert largest_difference(weights(model), before) < 1e-13
     assert torch.equal(values.detach(), old)
 
 

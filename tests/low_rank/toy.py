@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -60,27 +59,6 @@ def rarely(cases: Iterable[Any], *quick: Any) -> list[Any]:
     return [pytest.param(c, marks=[] if c in quick else [pytest.mark.slow]) for c in cases]
 
 
-def snapshot(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
 def weights(model: LowRankToy) -> list[Tensor]:
     """The weights of all layers, which do not depend on how they are factorized."""
     return [*(m.dense_weight().detach() for m in model.layers), model.out.weight.detach().clone()]
-
-
-def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    """Save and load a state as a checkpoint that may hold tensors only."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded

@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 
 from lightning_ema_nesterov import attach_ema_nesterov
 from lightning_ema_nesterov.optimizers import groups_by_role
-from tests.optimizers.tiny import OPTIMIZERS, WIDTH, TinyLM, loss_of, through_a_file, train
+from tests.optimizers.tiny import OPTIMIZERS, WIDTH, TinyLM, loss_of, train
+from tests.toys import through_a_file
 
 NUM_STEPS = 8
 

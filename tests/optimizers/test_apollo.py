@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_ema_nesterov.optimizers import APOLLO, groups_by_role
 from tests.optimizers import projected_reference as reference
-from tests.optimizers.tiny import HIDDEN, TinyLM, equal, state_elements, train
+from tests.optimizers.tiny import HIDDEN, TinyLM, state_elements, train
+from tests.toys import equal
 
 Memory = dict[str, Any]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_ema_nesterov.optimizers import ClippedSGD, groups_by_role
-from tests.optimizers.tiny import TinyLM, equal, random_gradients, snapshot, state_elements, train
+from tests.optimizers.tiny import TinyLM, random_gradients, state_elements, train
+from tests.toys import equal, snapshot
 
 LR, MU, LIMIT, THRESHOLD = 0.05, 0.9, 5e-4, 0.05
 

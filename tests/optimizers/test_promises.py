@@ -19,17 +19,8 @@ from typing_extensions import override
 
 from lightning_ema_nesterov import EMANesterov, attach_ema_nesterov
 from lightning_ema_nesterov.optimizers import groups_by_role
-from tests.optimizers.tiny import (
-    OPTIMIZERS,
-    TinyLM,
-    equal,
-    largest_difference,
-    loss_of,
-    snapshot,
-    started,
-    through_a_file,
-    train,
-)
+from tests.optimizers.tiny import OPTIMIZERS, TinyLM, loss_of, started, train
+from tests.toys import equal, largest_difference, snapshot, through_a_file
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 WITH_RANK = [name for name in OPTIMIZERS if name not in ("scale", "clipped_sgd")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from lightning_ema_nesterov.optimizers import (
     LoRAPre,
     groups_by_role,
 )
+from tests.toys import snapshot
 
 VOCAB, WIDTH, HIDDEN = 13, 8, 12
 Make = Callable[[Any], Optimizer]
@@ -83,27 +83,6 @@ def started(name: str, **kwargs: Any) -> tuple[TinyLM, Optimizer]:
     """A new model and one of the optimizers."""
     model = TinyLM(**kwargs)
     return model, OPTIMIZERS[name](groups_by_role(model))
-
-
-def snapshot(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    """Save and load a state as a checkpoint that may hold tensors only."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
 
 
 def state_elements(optimizer: Optimizer, p: Tensor) -> int:

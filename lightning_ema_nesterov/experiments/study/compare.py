@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lightning_ema_nesterov.experiments.study.claim import claim
 from lightning_ema_nesterov.experiments.study.results import (
     Result,
+    method_of,
     read_event_folder,
     read_lines,
     with_averages,
@@ -65,8 +66,7 @@ def _confirming_runs(study: Study, out_dir: Path) -> list[Run]:
     found = []
     for base in study.base_optimizers:
         for reading, lr in best_lrs(with_averages(choosing), base).items():
-            method = reading.partition(" @ ")[0]
-            found += [Run(base, method, lr, seed) for seed in study.confirming_seeds]
+            found += [Run(base, method_of(reading), lr, seed) for seed in study.confirming_seeds]
     return list(dict.fromkeys(sorted(found, key=lambda run: run.seed)))
 
 

@@ -26,7 +26,12 @@ from lightning_ema_nesterov.experiments.study.frontier import (
     memory_table,
 )
 from lightning_ema_nesterov.experiments.study.maps import draw_step_sizes
-from lightning_ema_nesterov.experiments.study.results import Result, read_events, read_lines
+from lightning_ema_nesterov.experiments.study.results import (
+    Result,
+    method_of,
+    read_events,
+    read_lines,
+)
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import (
     CONFIDENCE,
@@ -75,10 +80,14 @@ def write_report(study_dir: Path) -> Path:
     confirming = config.get("confirming_seeds", [])
     choosing = [r for r in trained_runs if r.run.seed not in confirming]
     sections = [_introduction(study_dir.name, config, trained_runs)]
+    with_baseline = {r.run.base for r in results if r.run.method == BASELINE}
+    found = {b: standings(results, b, methods) for b in bases if b in with_baseline}
     sections += [
-        _section(folder, base, results, methods, choosing) for base in bases if base in trained
+        _section(folder, base, found.get(base, []), results, methods, choosing)
+        for base in bases
+        if base in trained
     ]
-    sections += _memory_section(folder, results, methods)
+    sections += _memory_section(folder, found)
     text = "\n\n".join(sections) + "\n"
     (folder / "report.md").write_text(text)
     page = folder / "report.html"
@@ -97,16 +106,17 @@ def _introduction(name: str, study: Mapping[str, Any], results: Sequence[Result]
             f"{json.dumps(study['data'].get('init_args') or {})}, {study['num_steps']:,} steps. "
         )
     confirming = study.get("confirming_seeds", [])
+    chosen = "that choice was made on the losses shown"
     if set(confirming) & set(seeds):
-        settings += (
-            f"Learning rates were chosen on the other seeds, for the iterate and each average; the "
-            f"tables are of the seeds {', '.join(map(str, confirming))}, which chose nothing. "
+        chosen = (
+            "that choice was made on the other seeds, for the iterate and each average, and the "
+            f"tables are of the seeds {', '.join(map(str, confirming))}, which chose nothing"
         )
     return (
         f"# {name}\n\n{settings}{len(results)} finished runs, seeds "
         f"{', '.join(map(str, seeds))}, {num_diverged} diverged.\n\n"
         "Each method stands at the learning rate of its smallest mean final loss, also the "
-        "baseline `none`; that choice was made on the losses shown. (smallest) and (largest) mark "
+        f"baseline `none`; {chosen}. (smallest) and (largest) mark "
         "one at the edge of those tried: a better one may lie beyond. Losses are mean ± standard "
         "deviation over seeds. Differences are paired by seed, with a "
         f"{CONFIDENCE:.0%} confidence interval. β is the lookahead step size: a steady update "
@@ -118,13 +128,13 @@ def _introduction(name: str, study: Mapping[str, Any], results: Sequence[Result]
 def _section(
     folder: Path,
     base: str,
+    found: Sequence[Standing],
     results: Sequence[Result],
     methods: Sequence[str],
     choosing: Sequence[Result],
 ) -> str:
-    if not any((r.run.base, r.run.method) == (base, BASELINE) for r in results):
+    if not found:
         return f"## {base}\n\nNo run of the baseline is finished yet."
-    found = standings(results, base, methods)
     said = "\n".join(f"* {note}" for note in notes(results, base, methods))
     grids = [*draw_grids(folder, base, found), *draw_step_sizes(folder, base, choosing, found)]
     if grids:
@@ -149,19 +159,19 @@ def _section(
 
 def _without_worse_shares(found: Sequence[Standing]) -> list[Standing]:
     """Leave the average of each method that ends lowest, so that a picture can be read."""
-    best: dict[str, Standing] = {}
+    best: dict[tuple[str, bool], Standing] = {}
     for standing in found:
-        method, _, share = standing.method.partition(" @ ")
-        key = f"{method} @" if share else method
+        method = method_of(standing.method)
+        key = (method, standing.method == method)
         if key not in best or mean(standing.finals) < mean(best[key].finals):
             best[key] = standing
     return list(best.values())
 
 
-def _memory_section(folder: Path, results: Sequence[Result], methods: Sequence[str]) -> list[str]:
-    results = [r for r in results if " @ " not in r.run.method]  # another reading of the same run
-    bases = dict.fromkeys(r.run.base for r in results if r.run.method == BASELINE)
-    points = memory_points({base: standings(results, base, methods) for base in bases})
+def _memory_section(folder: Path, found: Mapping[str, Sequence[Standing]]) -> list[str]:
+    # An average is another reading of the same run.
+    trained = {b: [s for s in own if method_of(s.method) == s.method] for b, own in found.items()}
+    points = memory_points(trained)
     if len({point.base for point in points}) < 2:
         return []
     picture = folder / "memory.png"

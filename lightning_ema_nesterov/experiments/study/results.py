@@ -17,9 +17,11 @@ __all__ = [
     "STATE_PER_PARAMETER",
     "STEP_SECONDS",
     "Result",
+    "method_of",
     "read_event_folder",
     "read_events",
     "read_lines",
+    "reading_at",
     "with_averages",
     "write_line",
 ]
@@ -37,6 +39,8 @@ DIVERGED = "study/diverged"
 """Tag of the last scalar of a run: 1 where the loss was not finite, else 0."""
 
 _STEP_SIZE = "ema_nesterov/step_size"
+
+_AT = " @ "
 
 _AT_AVERAGE = "ema_nesterov/loss_at_average/share="
 
@@ -79,6 +83,21 @@ class Result:
         return min((point.value for point in self.val_loss), default=float("inf"))
 
 
+def reading_at(method: str, share: float) -> str:
+    """Return how the report names runs of a method that are evaluated at an average.
+
+    Example:
+        >>> reading_at("flat", 1.0), method_of("flat @ 1"), method_of("flat")
+        ('flat @ 1', 'flat', 'flat')
+    """
+    return f"{method}{_AT}{share:g}"
+
+
+def method_of(reading: str) -> str:
+    """Return the method that was trained, of its own name or one of :func:`reading_at`."""
+    return reading.partition(_AT)[0]
+
+
 def with_averages(results: Iterable[Result]) -> list[Result]:
     """Return results, and those of the same runs evaluated at averages as methods of their own.
 
@@ -93,7 +112,7 @@ def with_averages(results: Iterable[Result]) -> list[Result]:
     for result in results:
         found.append(result)
         for share, points in sorted(result.at_average.items()):
-            run = replace(result.run, method=f"{result.run.method} @ {share:g}")
+            run = replace(result.run, method=reading_at(result.run.method, share))
             found.append(replace(result, run=run, val_loss=points, at_average={}))
     return found
 

@@ -24,10 +24,8 @@ from lightning_ema_nesterov.experiments.study.classes import find_class
 from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, ClassSpec, Run, Study
 from lightning_ema_nesterov.experiments.study.watch import KeepsLast, Watch
 from lightning_ema_nesterov.litgpt.roles import set_step_sizes
-from lightning_ema_nesterov.optimizers.base import LeanOptimizer
-from lightning_ema_nesterov.optimizers.from_config import build_optimizer, import_optimizer
+from lightning_ema_nesterov.optimizers.from_config import build_optimizer
 from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
-from lightning_ema_nesterov.optimizers.roles import groups_by_role
 
 __all__ = ["CHECKPOINT", "train_run"]
 
@@ -118,10 +116,7 @@ def _set_optimizer(model: LightningModule, study: Study, run: Run) -> None:
 
 def _make_optimizer(spec: BaseOptimizer, lr: float, model: nn.Module) -> Optimizer:
     named = {"class_path": spec.class_path, "init_args": spec.init_args}
-    factory = import_optimizer(spec.class_path, "base_optimizers")
-    has_roles = isinstance(factory, type) and issubclass(factory, LeanOptimizer)
-    params = groups_by_role(model) if has_roles else model.parameters()
-    optimizer = build_optimizer(named, params, argument="base_optimizers")
+    optimizer = build_optimizer(named, model.parameters(), argument="base_optimizers")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr"] / optimizer.defaults["lr"]
     return optimizer
