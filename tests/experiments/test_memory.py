@@ -127,6 +127,19 @@ def test_row_of_the_page_is_what_is_measured() -> None:
     assert f"{row}\n" in PAGE.read_text()
 
 
+def test_page_on_memory_repeats_the_rows_of_the_largest_recipe() -> None:
+    section = PAGE.read_text().partition("## LLaMA 1B\n")[2].partition("\n## ")[0]
+    rows = [
+        line
+        for line in section.splitlines()
+        if line.startswith(tuple(f"| {n} |" for n in OPTIMIZERS))
+    ]
+    repeated = (PAGE.parent / "memory.md").read_text()
+    assert len(rows) == len(OPTIMIZERS)
+    for row in rows:
+        assert f"\n{row} " in repeated
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["ema-nesterov", *arguments])
     main()
