@@ -1,4 +1,4 @@
-"""Step sizes that choose themselves while training, for self_chosen.yaml. None is part of the package."""
+"""Step sizes that choose themselves, for self_chosen.yaml. They are not part of the package."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ DIRECTION = "ema_nesterov_direction"
 class SelfChosenStepSize(EMANesterov):
     r"""EMA-Nesterov whose peak step size follows what the base optimizer does.
 
-    :math:`d_t` is the base displacement :math:`x_{t+1} - y_t`. For plain SGD :math:`\langle d_t, m_t\rangle`
-    is the learning rate times how fast the loss falls with :math:`\beta` at :math:`y_t`.
+    :math:`d_t` is the base displacement :math:`x_{t+1} - y_t`. For plain SGD
+    :math:`\langle d_t, m_t\rangle` is the learning rate times how fast the loss falls with
+    :math:`\beta` at :math:`y_t`.
 
     Args:
-        chooses_by: ``"steadiness"``: :math:`\beta = \langle d, m\rangle / \langle m, m\rangle`, both
-            averaged over the memory of m. A drift without noise has :math:`d = (1-\beta)\,m`, so that
-            this settles at 0.5; noise alone gives 0. ``"alignment"``: :math:`\beta` grows by ``speed``
-            times the cosine of d and m in each step.
+        chooses_by: ``"steadiness"``: :math:`\beta = \langle d, m\rangle / \langle m, m\rangle`,
+            both averaged over the memory of m. A drift without noise has
+            :math:`d = (1-\beta)\,m`, so that this settles at 0.5; noise alone gives 0.
+            ``"alignment"``: :math:`\beta` grows by ``speed`` times the cosine of d and m in each
+            step.
         lookahead_step_size: Where it begins.
         largest: Upper bound of the step size, in (0, 1); the lower bound is 0.
         speed: For ``"alignment"``.
@@ -33,12 +35,12 @@ class SelfChosenStepSize(EMANesterov):
     def __init__(
         self,
         chooses_by: Literal["steadiness", "alignment"],
-        lookahead_step_size: float = 0.0,
+        lookahead_step_size: float = 0.5,
         largest: float = 0.7,
         speed: float = 0.05,
         **arguments: Any,
     ) -> None:
-        super().__init__(lookahead_step_size, **arguments)
+        super().__init__(lookahead_step_size, scale_with_lr=False, **arguments)
         self._chooses_by = chooses_by
         self._largest = largest
         self._speed = speed
@@ -56,7 +58,8 @@ class SelfChosenStepSize(EMANesterov):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         after = torch.cat([optimizer.state[p][DIRECTION].flatten() for p in params])
         if self._before is not None:
-            self._choose(self._before, after, lookahead.last_step_size)
+            taken = lookahead.schedule.step_size(trainer.global_step - 1, peak=self._peak)
+            self._choose(self._before, after, taken)
             for group in optimizer.param_groups:
                 group["lookahead_step_size"] = self._peak
         self._before = after

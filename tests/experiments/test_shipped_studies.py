@@ -23,6 +23,11 @@ RESULTS = sorted(path.parent for path in (STUDIES / "results").glob("*/runs.json
 PAGES = [STUDIES / "README.md", ROOT / "README.md", ROOT / "docs/results.md"]
 
 
+@pytest.fixture(autouse=True)
+def classes_beside_the_yaml_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(STUDIES))  # as the command does
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_studies_run_in_miniature(path: Path, tmp_path: Path) -> None:
