@@ -38,7 +38,7 @@ def test_shipped_studies_run_in_miniature(path: Path, tmp_path: Path) -> None:
     raw["data"]["init_args"].update(text=str(text), batch_size=1, num_validation_windows=1)
     if "accelerator" in raw:  # one for a GPU, with a model for it
         raw["accelerator"] = "cpu"
-        raw["model"]["init_args"].update(num_layers=1, width=16, window_size=8)
+        raw["model"]["init_args"].update(num_layers=1, width=16, num_heads=2, window_size=8)
         raw["data"]["init_args"].update(cache_dir=str(tmp_path / "tokens"), window_size=8)
     quick = {**raw["quick"], "num_steps": 10, "num_validations": 1}
     for base in raw["base_optimizers"].values():
