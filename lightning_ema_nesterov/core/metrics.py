@@ -23,8 +23,6 @@ __all__ = [
 class StepMetrics:
     r"""One optimizer step, measured over all parameters of one base optimizer that took it.
 
-    In the rest, where there is no direction, only the step size is known; the others are ``None``.
-
     Attributes:
         step_size: Current step size :math:`\beta_t`, the largest over the parameter groups.
         direction_norm: Euclidean norm of :math:`m_{t+1}`. Unit: parameter change per step.
@@ -34,9 +32,9 @@ class StepMetrics:
     """
 
     step_size: float
-    direction_norm: float | None = None
-    displacement_norm: float | None = None
-    alignment: float | None = None
+    direction_norm: float
+    displacement_norm: float
+    alignment: float
 
     @classmethod
     def from_sums(cls, sums: Tensor, step_size: float) -> StepMetrics:
@@ -55,13 +53,12 @@ class StepMetrics:
         )
 
     def as_scalars(self, suffix: str = "") -> dict[str, float]:
-        """Return the TensorBoard tags and values that are known.
+        """Return the TensorBoard tags and values.
 
         Args:
             suffix: Appended to each tag, to tell several optimizers apart.
         """
-        known = {name: value for name, value in vars(self).items() if value is not None}
-        return {f"ema_nesterov/{name}{suffix}": value for name, value in known.items()}
+        return {f"ema_nesterov/{name}{suffix}": value for name, value in vars(self).items()}
 
 
 def tag_suffixes(names: Sequence[str]) -> list[str]:
