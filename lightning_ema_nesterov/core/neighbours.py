@@ -6,31 +6,13 @@ In any order: the method may be attached before or after they are, or not at all
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ema_nesterov.core.claims import find_lookahead
 
-__all__ = ["bring_back", "rate_factor", "set_aside", "set_rate_factor", "transform"]
-
-_rate_factors: WeakKeyDictionary[Optimizer, float] = WeakKeyDictionary()
-
-
-def set_rate_factor(optimizer: Optimizer, factor: float) -> None:
-    """Tell by what an optimizer's learning rates are multiplied in its next step alone.
-
-    Args:
-        optimizer: The optimizer; who calls this multiplies them.
-        factor: At least 0.
-    """
-    _rate_factors[optimizer] = factor
-
-
-def rate_factor(optimizer: Optimizer) -> float:
-    """Return what :func:`set_rate_factor` was told last, 1 if nothing."""
-    return _rate_factors.get(optimizer, 1.0)
+__all__ = ["bring_back", "set_aside", "transform"]
 
 
 def set_aside(optimizer: Optimizer, params: Iterable[Tensor]) -> None:

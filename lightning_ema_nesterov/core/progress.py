@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-
-from lightning_ema_nesterov.core.neighbours import rate_factor
 
 __all__ = [
     "DECAY_KEY",
@@ -20,6 +19,7 @@ __all__ = [
     "Progress",
     "largest_lr",
     "plain_name",
+    "set_rate_factor",
 ]
 
 STEP_KEY = "ema_nesterov_step"
@@ -36,6 +36,8 @@ NAMES_KEY = "ema_nesterov_names"
 checkpoints store each element of a list on its own."""
 
 _NO_STEP = -1
+
+_rate_factors: WeakKeyDictionary[Optimizer, float] = WeakKeyDictionary()
 _WRAPPERS = {"_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -108,7 +110,7 @@ class Progress:
         lr = float(group["lr"])  # once: the host waits for a tensor on a GPU
         max_lr = largest_lr(group, lr, self._max_lrs.get(group_idx))
         self._max_lrs[group_idx] = max_lr
-        lr *= rate_factor(self.base_optimizer)
+        lr *= _rate_factors.get(self.base_optimizer, 1.0)
         return lr / max_lr if max_lr > 0 else 0.0
 
     def set_max_lr(self, group_idx: int, max_lr: float) -> None:
@@ -173,6 +175,18 @@ def largest_lr(group: Mapping[str, Any], lr: float, known: float | None = None) 
     """
     start = group.get("max_lr", group.get("initial_lr", lr)) if known is None else known
     return max(float(start), lr)
+
+
+def set_rate_factor(optimizer: Optimizer, factor: float) -> None:
+    """Tell by what an optimizer's learning rates are multiplied in its next step alone.
+
+    In any order with the lookahead method, or without one.
+
+    Args:
+        optimizer: The optimizer; who calls this multiplies them.
+        factor: At least 0; 1 until told.
+    """
+    _rate_factors[optimizer] = factor
 
 
 def plain_name(name: str) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch.optim import Adagrad, Optimizer
 
-from lightning_ema_nesterov.core.neighbours import bring_back, set_aside, set_rate_factor
+from lightning_ema_nesterov.core.neighbours import bring_back, set_aside
+from lightning_ema_nesterov.core.progress import set_rate_factor
 from lightning_ema_nesterov.low_rank.step_counter import StepCounter, check_count
 
 __all__ = ["MomentumResetHandle", "attach_momentum_reset", "check_reset", "recovery_factor"]
