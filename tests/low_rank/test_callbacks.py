@@ -255,4 +255,5 @@ def test_exception_takes_everything_off() -> None:
     assert not optimizer._optimizer_step_post_hooks
     assert optimizer.param_groups[0]["lr"] == 0.02
     assert all("ema_nesterov_direction" in state for state in optimizer.state.values())
-    assert equal(snapshot(module), expected(4))
+    # The way back from y rounds, on some CPUs only; y is 1e-2 from x.
+    assert largest_difference(snapshot(module), expected(4)) < 1e-15
