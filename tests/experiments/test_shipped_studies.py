@@ -13,7 +13,11 @@ import yaml
 from lightning_ema_nesterov.experiments.study.claim import read_config
 from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.load import load_study
-from lightning_ema_nesterov.experiments.study.results import read_events, read_lines
+from lightning_ema_nesterov.experiments.study.results import (
+    read_events,
+    read_lines,
+    with_averages,
+)
 from lightning_ema_nesterov.experiments.study.spec import ClassSpec
 from lightning_ema_nesterov.experiments.study.tables import judged, markdown_table, standings
 from tests.experiments.toys import ROOT, STUDIES
@@ -78,7 +82,7 @@ def test_reports_of_the_studies_are_those_of_their_lines(folder: Path) -> None:
     results = judged(lines, study.confirming_seeds)
     text = (folder / "report/report.md").read_text()
     for base in dict.fromkeys(result.run.base for result in results):
-        none, *others = standings(results, base, list(study.methods))
+        none, *others = standings(results, base, list(study.methods), with_averages(choosing))
         if "[" in others[0].method:
             others.sort(key=lambda standing: standing.difference.mean)
         assert markdown_table([none, *others]) in text, base

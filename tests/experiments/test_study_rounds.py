@@ -11,7 +11,7 @@ from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.report import write_report
 from lightning_ema_nesterov.experiments.study.results import Result, read_events, read_lines
-from lightning_ema_nesterov.experiments.study.tables import judged
+from lightning_ema_nesterov.experiments.study.tables import judged, standings
 from tests.experiments.toys import Model, result, write
 
 
@@ -80,3 +80,15 @@ def test_confirming_seeds_are_judged_at_the_rate_that_the_others_chose() -> None
     assert [r.final for r in judged(results, [1])] == [3.0]
     assert judged(results, []) == results
     assert judged(results, [7]) == results
+
+
+def test_edge_is_that_of_the_rates_that_the_choosing_seeds_had() -> None:
+    """The confirming seeds have one rate only."""
+    results = [
+        result("none", lr, 0, [loss]) for lr, loss in ((0.1, 3.0), (0.2, 2.0), (0.4, 1.0))
+    ] + [result("none", 0.4, 1, [1.0]), result("none", 0.4, 2, [1.0])]
+    choosing = [r for r in results if r.run.seed == 0]
+    [none] = standings(judged(results, [1, 2]), "sgd", [], choosing)
+    assert (none.lr, none.edge, none.finals) == (0.4, "largest", [1.0, 1.0])
+    [none] = standings(judged(results, [1, 2]), "sgd")
+    assert none.edge == ""

@@ -158,14 +158,14 @@ def _shade(both: Sequence[Axes], standing: Standing) -> None:
 
 
 def draw_learning_rates(
-    path: Path, base: str, results: Sequence[Result], styles: Mapping[str, Style]
+    path: Path, base: str, choosing: Sequence[Result], styles: Mapping[str, Style]
 ) -> None:
     """Draw the final loss over the learning rates, mean and standard deviation over seeds.
 
     Args:
         path: PNG file.
         base: Name of the base optimizer.
-        results: Results of a study.
+        choosing: Results that the learning rates were chosen on.
         styles: As :func:`styles_of` gives them, in the order of the legend.
     """
     with figure_at(path, height=4.2) as figure:
@@ -173,7 +173,7 @@ def draw_learning_rates(
         for method, style in styles.items():
             rows = [
                 (lr, [r.final for r in seeds.values()])
-                for lr, seeds in by_lr(results, base, method).items()
+                for lr, seeds in by_lr(choosing, base, method).items()
             ]
             rows = [(lr, finals) for lr, finals in rows if all(map(math.isfinite, finals))]
             if not rows:
@@ -189,11 +189,13 @@ def draw_learning_rates(
             )
             axes.legend(fontsize="small")
         axes.set_xscale("log", base=2)
-        ticks = sorted({r.run.lr for r in results if r.run.base == base})
+        ticks = sorted({r.run.lr for r in choosing if r.run.base == base})
         axes.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
         axes.set_xlabel("learning rate")
         axes.set_ylabel("final validation loss")
-        axes.set_title(f"{base}: final loss over the learning rate")
+        seeds = sorted({r.run.seed for r in choosing})
+        named = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        axes.set_title(f"{base}: final loss over the learning rate, {named}")
 
 
 def draw_grids(folder: Path, base: str, found: Sequence[Standing]) -> list[Path]:

@@ -31,6 +31,7 @@ from lightning_ema_nesterov.experiments.study.results import (
     method_of,
     read_events,
     read_lines,
+    with_averages,
 )
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import (
@@ -71,19 +72,19 @@ def write_report(study_dir: Path) -> Path:
     trained_runs = read_lines(study_dir / LINES)
     if (study_dir / RUNS).exists() or not trained_runs:
         trained_runs = read_events(study_dir / RUNS)
-    results = judged(trained_runs, config.get("confirming_seeds", []))
+    confirming = config.get("confirming_seeds", [])
+    results = judged(trained_runs, confirming)
     folder = study_dir / "report"
     folder.mkdir(exist_ok=True)
     methods = list(dict.fromkeys([*config["methods"], *(r.run.method for r in results)]))
     trained = {result.run.base for result in results}
     bases = dict.fromkeys([*config["base_optimizers"], *sorted(trained)])
-    confirming = config.get("confirming_seeds", [])
-    choosing = [r for r in trained_runs if r.run.seed not in confirming]
+    choosing = with_averages(r for r in trained_runs if r.run.seed not in confirming)
     sections = [_introduction(study_dir.name, config, trained_runs)]
     with_baseline = {r.run.base for r in results if r.run.method == BASELINE}
-    found = {b: standings(results, b, methods) for b in bases if b in with_baseline}
+    found = {b: standings(results, b, methods, choosing) for b in bases if b in with_baseline}
     sections += [
-        _section(folder, base, found.get(base, []), results, methods, choosing)
+        _section(folder, base, found.get(base, []), methods, choosing)
         for base in bases
         if base in trained
     ]
@@ -129,27 +130,23 @@ def _section(
     folder: Path,
     base: str,
     found: Sequence[Standing],
-    results: Sequence[Result],
     methods: Sequence[str],
     choosing: Sequence[Result],
 ) -> str:
     if not found:
         return f"## {base}\n\nNo run of the baseline is finished yet."
-    said = "\n".join(f"* {note}" for note in notes(results, base, methods))
+    said = "\n".join(f"* {note}" for note in notes(choosing, base, methods))
     grids = [*draw_grids(folder, base, found), *draw_step_sizes(folder, base, choosing, found)]
     if grids:
         table = markdown_table([found[0], *sorted(found[1:], key=_mean_difference)])
         pictures = [f"![Differences to the baseline]({path.name})" for path in grids]
         return "\n\n".join(filter(None, [f"## {base}", *pictures, table, said]))
     curves, rates = folder / f"{base}_curves.png", folder / f"{base}_learning_rates.png"
+    shown = _without_worse_shares(found)
     styles = styles_of(methods)
-    draw_curves(
-        curves,
-        _without_worse_shares(found),
-        styles,
-        title=f"{base}: each method at its best learning rate",
-    )
-    draw_learning_rates(rates, base, results, styles)
+    title = f"{base}: each method at its best learning rate"
+    draw_curves(curves, shown, styles, title=title)
+    draw_learning_rates(rates, base, choosing, {s.method: styles[s.method] for s in shown})
     pictures = [
         f"![Validation loss over steps]({curves.name})",
         f"![Final loss over learning rates]({rates.name})",

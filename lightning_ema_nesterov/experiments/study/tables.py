@@ -123,7 +123,12 @@ def judged(results: Sequence[Result], confirming_seeds: Sequence[int]) -> list[R
     return [r for r in confirming if best[r.run.base].get(r.run.method) == r.run.lr]
 
 
-def standings(results: Sequence[Result], base: str, methods: Sequence[str] = ()) -> list[Standing]:
+def standings(
+    results: Sequence[Result],
+    base: str,
+    methods: Sequence[str] = (),
+    choosing: Sequence[Result] = (),
+) -> list[Standing]:
     """Compare all methods on one base optimizer; the baseline comes first.
 
     Of the learning rates of a method those with the most seeds are compared.
@@ -132,6 +137,7 @@ def standings(results: Sequence[Result], base: str, methods: Sequence[str] = ())
         results: Results of a study.
         base: Name of the base optimizer.
         methods: Names of methods in the order of the others; those that are missing come last.
+        choosing: Results that the learning rates were chosen on, if these are others.
 
     Raises:
         ValueError: If the baseline has no runs.
@@ -144,8 +150,9 @@ def standings(results: Sequence[Result], base: str, methods: Sequence[str] = ())
     found = []
     for method in dict.fromkeys([BASELINE, *methods, *trained]):
         rows = _complete(by_lr(results, base, method))
+        tried = _complete(by_lr(choosing or results, base, method))
         if rows:
-            found.append(_standing(method, rows, baseline, best))
+            found.append(_standing(method, rows, baseline, best, sorted(tried)))
     return found
 
 
@@ -154,6 +161,7 @@ def _standing(
     rows: Mapping[float, dict[int, Result]],
     baseline: Mapping[float, dict[int, Result]],
     best: dict[int, Result],
+    tried: Sequence[float],
 ) -> Standing:
     lr = _best_lr(rows)
     chosen = rows[lr]
@@ -165,7 +173,7 @@ def _standing(
     return Standing(
         method=method,
         lr=lr,
-        edge=_edge(lr, sorted(rows)),
+        edge=_edge(lr, tried),
         results=chosen,
         difference=paired_difference(chosen, best),
         gained=[r.final for r in baseline[gained_lr].values()] if has_gain else [],
@@ -186,7 +194,7 @@ def _best_lr(rows: Mapping[float, dict[int, Result]]) -> float:
 
 
 def _edge(lr: float, lrs: Sequence[float]) -> str:
-    if len(lrs) == 1 or lr not in (lrs[0], lrs[-1]):
+    if len(lrs) < 2 or lr not in (lrs[0], lrs[-1]):
         return ""
     return "smallest" if lr == lrs[0] else "largest"
 
@@ -235,16 +243,16 @@ def markdown_table(found: Sequence[Standing]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def notes(results: Sequence[Result], base: str, methods: Sequence[str] = ()) -> list[str]:
+def notes(choosing: Sequence[Result], base: str, methods: Sequence[str] = ()) -> list[str]:
     """Return what a reader of the table of one base optimizer must know about learning rates.
 
     Args:
-        results: Results of a study.
+        choosing: Results that the learning rates were chosen on.
         base: Name of the base optimizer.
         methods: As for :func:`standings`.
     """
-    found = standings(results, base, methods)
-    tried = {s.method: by_lr(results, base, s.method) for s in found}
+    found = standings(choosing, base, methods)
+    tried = {s.method: by_lr(choosing, base, s.method) for s in found}
     of_others = {lr for method, rows in tried.items() if method != BASELINE for lr in rows}
     alone = [f"{lr:g}" for lr in tried[BASELINE] if of_others and lr not in of_others]
     without = [s.method for s in found[1:] if found[0].lr not in tried[s.method]]
