@@ -78,6 +78,7 @@ def test_yaml_examples_name_what_there_is(page: Path) -> None:
                 spec["init_args"]["total_steps"] = 100  # LitGPT tells it
             optimizer = build_optimizer(spec, Language().parameters(), argument="optimizer")
             base = spec["init_args"].get("base") or spec["init_args"]["optimizer"]
+            base = base["init_args"].get("optimizer", base)  # below a reset of the momentum
             assert type(optimizer) is import_optimizer(base["class_path"], "")
 
 
