@@ -130,6 +130,17 @@ def test_intervals_in_the_text_are_those_of_a_table(page: Path) -> None:
         assert re.sub(r"\s+", " ", interval) in tables
 
 
+def test_losses_on_the_page_about_memory_are_those_of_a_table() -> None:
+    table = (STUDIES / "results/lean/report/report.md").read_text()
+    text = re.sub(r"\s+", " ", (ROOT / "docs/memory.md").read_text())
+    losses = re.findall(r"\d\.\d{4} ± \d\.\d{4}", text)
+    intervals = re.findall(r"[+-]\d\.\d{4} \[[^\]]+\]", text)
+    assert len(losses) >= 9
+    assert len(intervals) == 2
+    for found in losses + intervals:
+        assert found in table
+
+
 def test_pictures_and_links_of_the_page_exist() -> None:
     targets = re.findall(r"\]\(([^)#:]+)\)", (STUDIES / "README.md").read_text())
     assert len(targets) > 20
