@@ -27,6 +27,7 @@ from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.companions.decentralized import FSPDASA, FSPDASTORM, DoCoM
 from lightning_ema_nesterov.companions.decentralized.callback import DecentralizedCallback
 from tests.ports import free_port
+from tests.processes import measure_first_process_only
 
 METHODS: dict[str, Callable[..., DecentralizedCallback]] = {
     "sa": FSPDASA,
@@ -348,6 +349,7 @@ def main(folder: Path, environment: dict[str, str], configs: list[dict[str, Any]
         os.dup2(output.fileno(), sys.stderr.fileno())
     os.environ.update(environment)
     torch.set_num_threads(1)
+    measure_first_process_only(int(rank))
     code = 0
     try:
         for options in configs:
