@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import jsonargparse
 import pytest
 import torch
 import yaml
@@ -22,6 +23,13 @@ from tests.litgpt.runs import (
     write_config,
     write_text,
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_help_on_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LitGPT has its parser read the sources of all classes for its help: most of the time."""
+    jsonargparse.set_docstring_parse_options(attribute_docstrings=False)
+    monkeypatch.setattr(jsonargparse, "set_docstring_parse_options", lambda **kwargs: None)
 
 
 @pytest.fixture
