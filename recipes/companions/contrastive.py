@@ -187,7 +187,7 @@ def mean_gradient(
     for pass_idx in range(num_passes):
         values = []
         permutation = torch.randperm(num_samples, generator=order)
-        for indices in permutation[: num_batches * batch_size].split(batch_size):
+        for indices in permutation[: num_batches * batch_size].chunk(num_batches):
             batch = features[:, indices]
             if method == "emc2":
                 first, second = normalize(batch, dim=2)
