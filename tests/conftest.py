@@ -23,6 +23,15 @@ def _same_random_numbers() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_cover_in_new_processes(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pytest-cov heeds its mark in this process; those that it starts ask the environment."""
+    if request.node.get_closest_marker("no_cover"):
+        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def _same_global_hooks() -> Iterator[None]:
     """LitGPT's optimizer looks for its model with a hook of every module, until it is found."""
     hooks = nn.modules.module._global_forward_pre_hooks

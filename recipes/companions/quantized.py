@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # has no types
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_ema_nesterov.companions.quantized import RotatedQAT, as_table
 
@@ -61,6 +61,8 @@ def fit(
 ) -> None:
     """Train for a number of steps on batches of 64."""
     generator = torch.Generator().manual_seed(seed)
+    # Whole batches are taken from the tensors, not one image after another.
+    batches = BatchSampler(RandomSampler(data, generator=generator), 64, drop_last=False)
     trainer = Trainer(
         max_steps=num_steps,
         callbacks=callbacks,
@@ -71,7 +73,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(data, 64, shuffle=True, generator=generator))
+    trainer.fit(module, DataLoader(data, None, sampler=batches, generator=generator))
 
 
 def digits(*, is_turned: bool) -> tuple[TensorDataset, TensorDataset]:

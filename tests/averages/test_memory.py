@@ -81,6 +81,7 @@ class Wide(Toy):
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_trainer_holds_one_copy_during_validation_and_test(tmp_path: Path) -> None:
     module = Wide()
     one_copy = sum(p.numel() * p.element_size() for p in module.parameters())

@@ -76,6 +76,7 @@ def test_loss_along_the_direction_is_that_at_the_moved_point(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_one_step_direction_climbs_and_the_ema_direction_hardly_does(tmp_path: Path) -> None:
     """On the quickstart's model and data, over ten steps' worth of the direction."""
 

@@ -19,6 +19,7 @@ import torch
 
 from tests.distributed import cases, worker
 from tests.ports import free_port
+from tests.processes import environment_of
 
 ROOT = Path(__file__).parents[2]
 # Far below the half hour after which a process group gives up on a process that it waits for.
@@ -115,16 +116,8 @@ def start(
 
 
 def environments_of(num_processes: int) -> list[dict[str, str]]:
-    common = {
-        "TORCHELASTIC_RUN_ID": "test",
-        "WORLD_SIZE": str(num_processes),
-        "LOCAL_WORLD_SIZE": str(num_processes),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    ranks = [str(rank) for rank in range(num_processes)]
-    return [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
+    port = free_port()
+    return [environment_of(rank, num_processes, port) for rank in range(num_processes)]
 
 
 def wait(

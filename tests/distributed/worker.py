@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tests.distributed import attached_run, cases, trainer_run
 from tests.distributed.strategies import rank
+from tests.processes import measure_first_process_only
 
 
 def main(
@@ -37,6 +38,7 @@ def main(
 
 def do_all(folder: Path, runs: Sequence[cases.Case]) -> None:
     torch.set_num_threads(1)
+    measure_first_process_only(rank())
     for case in runs:
         if case.port is not None:
             run_apart(case, folder)

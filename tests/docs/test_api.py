@@ -66,6 +66,7 @@ def test_every_public_name_has_a_docstring_of_its_own() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_pages_build_and_every_public_name_is_on_one(tmp_path: Path) -> None:
     sphinx = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"]
     result = subprocess.run(

@@ -49,6 +49,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_the_added_files_pass_their_tests_and_doctests(extended: Path) -> None:
     added = [str(path) for path in FILES]
     output = run("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *added, folder=extended)
@@ -59,6 +60,7 @@ def test_the_added_files_pass_their_tests_and_doctests(extended: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 def test_a_broken_rule_is_noticed_by_its_test(extended: Path, tmp_path: Path) -> None:
     """So the tests of the page are none that pass empty."""
     folder = tmp_path / "broken"

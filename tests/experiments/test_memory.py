@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,19 +64,25 @@ def counted(name: str, size: Size) -> float:
     }[name]
 
 
+measured = cache(measure_state)
 QUICK = [("SCALE", "60M"), ("GaLore", "60M"), ("APOLLO", "60M"), ("low rank", "60M")]
+
+
+def repeated(size: str) -> list[pytest.MarkDecorator]:
+    """Marks of a case that repeats others; the smallest size has each optimizer's lines."""
+    return [pytest.mark.slow, *([] if size == "60M" else [pytest.mark.no_cover])]
 
 
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        pytest.param(name, size, marks=[] if (name, size) in QUICK else [pytest.mark.slow])
+        pytest.param(name, size, marks=[] if (name, size) in QUICK else repeated(size))
         for name in OPTIMIZERS
         for size in SIZES
     ],
 )
 def test_numbers_are_those_that_the_rules_keep(name: str, size: str) -> None:
-    found = measure_state(name, size)
+    found = measured(name, size)
     expected = counted(name, SIZES[size]) / found.num_parameters
     # A step count, norm and seed for each of a few hundred tensors.
     assert found.elements == pytest.approx(expected, abs=1e-4)
@@ -114,11 +121,10 @@ def make_small(size: Size, device: str) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [pytest.param(size, marks=repeated(size)) for size in SIZES])
 def test_page_prints_what_is_measured(size: str) -> None:
     text = PAGE.read_text()
-    rows = [memory._HEADER, *(measure_state(name, size).as_row() for name in OPTIMIZERS)]
+    rows = [memory._HEADER, *(measured(name, size).as_row() for name in OPTIMIZERS)]
     assert f"## LLaMA {size}\n\n{as_markdown(rows)}\n" in text
 
 

@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 
 @pytest.fixture(
     params=[
-        pytest.param("cpu", marks=pytest.mark.slow),
+        pytest.param("cpu", marks=(pytest.mark.slow, pytest.mark.no_cover)),
         pytest.param("cuda", marks=pytest.mark.gpu),
     ]
 )

@@ -5,23 +5,33 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import jsonargparse
+import litgpt.__main__
 import pytest
 import torch
 import yaml
 from litgpt import pretrain
 
+from tests.litgpt import litgpt_sharded
 from tests.litgpt.runs import (
     BY_ROLE,
     TWO_FILES,
     Run,
-    finish,
     flat,
     start,
-    start_process,
     with_lookahead,
     write_config,
     write_text,
 )
+from tests.ports import free_port
+from tests.processes import start_processes
+
+
+@pytest.fixture(autouse=True)
+def _no_help_on_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LitGPT has its parser read the sources of all classes for its help: most of the time."""
+    for module in (jsonargparse, litgpt.__main__):
+        monkeypatch.setattr(module, "set_docstring_parse_options", lambda **kwargs: None)
 
 
 @pytest.fixture
@@ -47,7 +57,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_config(folder)
     optimizer = flat(with_lookahead(BY_ROLE, warmup=3), decay=0.25)
     (folder / "ema_nesterov.yaml").write_text(yaml.safe_dump({"optimizer": optimizer}))
-    finish(start(*TWO_FILES, "--out_dir", "whole", folder=folder))
+    start(*TWO_FILES, "--out_dir", "whole", folder=folder).finish()
     return folder
 
 
@@ -60,8 +70,5 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("muon", flat(with_lookahead(BY_ROLE))),
     ):
         write_config(folder, optimizer=optimizer, devices=2).rename(folder / f"{name}.yaml")
-    worker = Path(__file__).parent / "litgpt_sharded.py"
-    endpoint = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *endpoint]
-    finish(start_process([*launch, str(worker)], folder))
+    start_processes(litgpt_sharded.work, 2, folder, free_port())
     return folder

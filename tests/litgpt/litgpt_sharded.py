@@ -1,16 +1,20 @@
 """LitGPT on two CPU processes, with FSDP1, which it uses on several GPUs, and with FSDP2.
 
-Run by torchrun for test_processes.py, in the folder of its runs: all cases in the same processes.
+Called for test_processes.py, in the folder of its runs: all cases in the same processes.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
+import litgpt.__main__
 import torch
+import torch._dynamo
 from lightning.fabric.strategies.fsdp import FSDPStrategy
 from litgpt import pretrain
 from litgpt.utils import CLI
@@ -19,6 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from typing_extensions import override
 
 from lightning_ema_nesterov.litgpt.launch import launch
+from tests.processes import environment_of
 
 
 class CPUFSDPStrategy(FSDPStrategy):
@@ -48,10 +53,15 @@ def train(config: str, *arguments: str) -> None:
     CLI(pretrain.setup)
 
 
-if __name__ == "__main__":
+def work(rank: int, num_processes: int, folder: Path, port: int) -> None:
+    """Be one of the processes that torchrun would start."""
+    os.environ |= environment_of(rank, num_processes, port)
+    os.chdir(folder)
+    torch._dynamo.config.disable = True
     # It parses the command line again, half a second for each checkpoint.
-    pretrain.save_hyperparameters = lambda *args: None
-    pretrain.FSDPStrategy = CPUFSDPStrategy
+    for module in (jsonargparse, litgpt.__main__):  # only its help would need it
+        vars(module)["set_docstring_parse_options"] = lambda **kwargs: None
+    vars(pretrain).update(save_hyperparameters=lambda *args: None, FSDPStrategy=CPUFSDPStrategy)
     train("adamw.yaml", "--out_dir", "with_validation", "--eval.interval", "1")
     train("adamw.yaml", "--out_dir", "without_validation", "--eval.interval", "1000")
     try:

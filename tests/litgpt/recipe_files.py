@@ -78,9 +78,9 @@ EMA_FORMS = [(name, form) for name, expected in EXPECTED.items() for form in exp
 
 def cases(*names: tuple[str, ...]) -> list[Any]:
     """Return cases by the name of a model; the quick lane has those of the quickstart."""
+    repeated = [pytest.mark.slow, pytest.mark.no_cover]
     return [
-        pytest.param(*case, marks=[] if case[0] == "quickstart" else [pytest.mark.slow])
-        for case in names
+        pytest.param(*case, marks=[] if case[0] == "quickstart" else repeated) for case in names
     ]
 
 

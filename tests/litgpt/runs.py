@@ -6,13 +6,16 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
+import litgpt.__main__
 import torch
+import torch._dynamo
 import yaml
 from litgpt import GPT, Config, pretrain
 from litgpt.args import EvalArgs, TrainArgs
@@ -22,10 +25,10 @@ from torch import Tensor
 
 from lightning_ema_nesterov.litgpt import TextBytes
 from lightning_ema_nesterov.litgpt.data.base import WindowData
+from tests.processes import TIMEOUT_S, Forked
 
 ACCUMULATE, MICRO_BATCH, WINDOW, NUM_STEPS = 2, 4, 16, 20
 TWO_FILES = ("--config", "config.yaml", "--config", "ema_nesterov.yaml")
-MODULES = {"litgpt": "litgpt", "ema-nesterov": "lightning_ema_nesterov.cli"}
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "weight_decay": 0.1}}
 MUON = {"class_path": "torch.optim.Muon", "init_args": {"lr": 0.02, "weight_decay": 0.0}}
 BY_ROLE = {
@@ -147,29 +150,34 @@ class Run:
         return self.folder / out_dir
 
 
-def start(*arguments: str, folder: Path, program: str = "litgpt") -> subprocess.Popen[str]:
-    """The stock command in a process of its own, without a compiler."""
-    return start_process([sys.executable, "-m", MODULES[program], "pretrain", *arguments], folder)
+def start(*arguments: str, folder: Path) -> Forked:
+    """The stock command in a process of its own, without a compiler and help on attributes."""
+    log = folder / f"{'-'.join(arguments).replace('/', '-')}.log"
+    return Forked(_pretrain, folder, arguments, log=log)
 
 
-def start_process(command: list[str], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
+def _pretrain(folder: Path, arguments: Sequence[str]) -> None:
+    torch._dynamo.config.disable = True
+    os.chdir(folder)
+    for module in (jsonargparse, litgpt.__main__):
+        vars(module)["set_docstring_parse_options"] = lambda **kwargs: None
+    sys.argv = ["litgpt", "pretrain", *arguments]
+    litgpt.__main__.main()
+
+
+def pretrain_on_two(*arguments: str, folder: Path) -> None:
+    """Our command with two devices, of which Lightning starts the second with the same command."""
+    command = [sys.executable, "-m", "lightning_ema_nesterov.cli", "pretrain", *arguments]
+    result = subprocess.run(
+        [*command, "--devices", "2"],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
+        timeout=TIMEOUT_S,
+        check=False,
     )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output[-3000:]
-    return output
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from tests.litgpt.runs import (
     BY_ROLE,
     NUM_STEPS,
     Run,
-    finish,
     load,
     loss_at,
     scalars,
@@ -123,7 +122,7 @@ def test_stock_command_validates_at_the_average(folder: Path) -> None:
     """`litgpt pretrain` in a process of its own."""
     optimizer = with_lookahead(evaluate_at="average")
     write_config(folder, optimizer=optimizer)
-    finish(start("--config", "config.yaml", "--out_dir", "out", folder=folder))
+    start("--config", "config.yaml", "--out_dir", "out", folder=folder).finish()
     source = folder / "out/final/lit_model.pth"
     average_checkpoint(source, folder / "average/lit_model.pth")
     logged = scalars(folder / "out", "val_loss")[NUM_STEPS * ACCUMULATE - 1]

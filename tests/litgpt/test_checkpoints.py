@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from tests.litgpt.runs import (
     WINDOW,
     Run,
     config_of,
-    finish,
     flat,
     load,
     loss_at,
@@ -96,14 +93,11 @@ def test_a_checkpoint_without_the_method_continues_with_it(run: Run) -> None:
 def test_killed_run_continues_bitwise(stock: Path) -> None:
     arguments = (*TWO_FILES, "--out_dir", "cut")
     killed = start(*arguments, folder=stock)
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if "step 13 " in line:  # between two checkpoints
-            os.kill(killed.pid, signal.SIGKILL)
-            break
-    killed.wait()
+    killed.wait_for("step 13 ")  # between two checkpoints
+    killed.kill()
     assert not (stock / "cut/final").exists()
-    assert "Resuming training from" in finish(start(*arguments, "--resume", "auto", folder=stock))
+    resumed = start(*arguments, "--resume", "auto", folder=stock)
+    assert "Resuming training from" in resumed.finish()
     assert equal(weights(stock / "cut/final"), weights(stock / "whole/final"))
     for tag in ("loss", "val_loss", "ema_nesterov/direction_norm"):
         assert scalars(stock / "cut", tag) == scalars(stock / "whole", tag)

@@ -21,10 +21,9 @@ from tests.litgpt.runs import (
     ADAMW,
     BY_ROLE,
     Run,
-    finish,
     flat,
     load,
-    start,
+    pretrain_on_two,
     weights,
     with_lookahead,
     write_config,
@@ -144,9 +143,9 @@ def test_two_processes_equal_one_bitwise(run: Run, folder: Path) -> None:
     """The launcher makes the layers before DDP wraps the model; LitGPT alone cannot."""
     one = run(out_dir="one", optimizer=RESTARTED)
     write_config(folder, optimizer=RESTARTED)
-    arguments = ("--config", "config.yaml", "--devices", "2", "--out_dir", "two")
+    arguments = ("--config", "config.yaml", "--out_dir", "two")
     options = ("--strategy", "ddp", "--train.save_interval", "20")
-    finish(start(*arguments, *options, folder=folder, program="ema-nesterov"))
+    pretrain_on_two(*arguments, *options, folder=folder)
     # Two halves of a batch have one sum, and both processes decompose the same factors.
     assert equal(weights(folder / "two/final"), weights(one / "final"))
     plain = run(out_dir="plain", optimizer=thin(flat(with_lookahead(ADAMW)), sparsity=0.1))

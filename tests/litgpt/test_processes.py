@@ -13,11 +13,10 @@ from tests.litgpt.runs import (
     NUM_STEPS,
     Run,
     config_of,
-    finish,
     flat,
     load,
+    pretrain_on_two,
     scalars,
-    start,
     weights,
     with_lookahead,
     write_config,
@@ -33,9 +32,9 @@ def test_two_processes_equal_one_bitwise(run: Run, folder: Path) -> None:
     one = run(out_dir="one", optimizer=optimizer)
     plain = run(out_dir="plain", optimizer=flat(BY_ROLE))
     write_config(folder, optimizer=optimizer)
-    arguments = ("--config", "config.yaml", "--devices", "2", "--out_dir", "two")
+    arguments = ("--config", "config.yaml", "--out_dir", "two")
     options = ("--strategy", "ddp", "--train.save_interval", "20")
-    finish(start(*arguments, *options, folder=folder, program="ema-nesterov"))
+    pretrain_on_two(*arguments, *options, folder=folder)
     # Micro-batches are as large as in one process, and two halves have one sum: nothing rounds
     # otherwise, also where Muon's products are in bfloat16 and CPUs differ.
     assert equal(weights(folder / "two/final"), weights(one / "final"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,8 +158,7 @@ def data_parallel(name: str) -> dict[str, Any]:
     return result
 
 
-def main(folder: Path, rank: int, num_processes: int, port: int) -> None:
-    torch.set_num_threads(1)
+def main(rank: int, num_processes: int, folder: Path, port: int) -> None:
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_processes
     )
@@ -180,7 +178,3 @@ def main(folder: Path, rank: int, num_processes: int, port: int) -> None:
         torch.save(results, folder / "results.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -287,6 +287,7 @@ def test_copied_optimizer_goes_on_bitwise(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 @every_optimizer
 def test_compiled_step_agrees(name: str) -> None:
     model, optimizer = started(name)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +12,12 @@ from lightning_ema_nesterov.optimizers import groups_by_role
 from tests.optimizers import shards_worker
 from tests.optimizers.tiny import OPTIMIZERS, TinyLM, train
 from tests.ports import free_port
+from tests.processes import start_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
 NUM_PROCESSES = 2
-TIMEOUT_S = 240
 sharded = pytest.mark.parametrize("name", ["scale", "clipped_sgd"])
 whole_only = [name for name in OPTIMIZERS if name not in ("scale", "clipped_sgd")]
 
@@ -29,29 +25,7 @@ whole_only = [name for name in OPTIMIZERS if name not in ("scale", "clipped_sgd"
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("shards")
-    port = free_port()
-    worker = Path(shards_worker.__file__)
-    path = os.pathsep.join([str(worker.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    logs = [folder / f"{rank}.log" for rank in range(NUM_PROCESSES)]
-    processes = []
-    for rank, log in enumerate(logs):
-        arguments = [str(folder), str(rank), str(NUM_PROCESSES), str(port)]
-        with log.open("wb") as output:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(worker), *arguments],
-                    env=environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    try:
-        codes = [process.wait(TIMEOUT_S) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(codes), "\n".join(log.read_text()[-4000:] for log in logs)
+    start_processes(shards_worker.main, NUM_PROCESSES, folder, free_port())
     found: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
     return found
 

@@ -61,7 +61,13 @@ ALL_RUNS = [
 @pytest.mark.usefixtures("exact_muon")
 @pytest.mark.parametrize(
     ("make_optimizer", "dtype", "make_scheduler", "accumulate"),
-    [pytest.param(*run, marks=() if run in QUICK_RUNS else pytest.mark.slow) for run in ALL_RUNS],
+    [
+        pytest.param(
+            *run,
+            marks=() if run in QUICK_RUNS else (pytest.mark.slow, pytest.mark.no_cover),
+        )
+        for run in ALL_RUNS
+    ],
 )
 def test_two_hundred_steps_match_the_reference(
     make_optimizer: MakeOptimizer,
@@ -79,7 +85,7 @@ def test_two_hundred_steps_match_the_reference(
     options: dict[str, Any] = {"num_steps": 200, "make_scheduler": make_scheduler}
     options |= {"accumulate": accumulate, "ema_decay": 0.95}
     expected = trajectory_of(module, step_size=step_size, **options)
-    untreated = trajectory_of(module, step_size=lambda _: 0.0, **options)
+    untreated = trajectory_of(module, step_size=lambda _: 0.0, **{**options, "num_steps": 100})
     trainer = make_trainer(
         EMANesterov(0.5, 0.95, warmup=20, rest=0.15),
         max_epochs=1,
@@ -91,7 +97,7 @@ def test_two_hundred_steps_match_the_reference(
     # Rounding of 200 steps; Muon amplifies that of matrices with a small singular value.
     tolerance = 1e-4 if dtype is torch.float32 else 1e-9
     assert relative_error(snapshot(module), expected[-1]) < tolerance
-    assert relative_error(untreated[100], expected[100]) > 1e-3
+    assert relative_error(untreated[-1], expected[100]) > 1e-3
 
 
 def test_negative_step_size_matches_the_reference() -> None:
@@ -196,7 +202,9 @@ def test_rest_matches_the_base_optimizer_from_where_it_began_bitwise() -> None:
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("kappa", [50, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kappa", [50, pytest.param(1000, marks=(pytest.mark.slow, pytest.mark.no_cover))]
+)
 def test_convex_rate_on_a_quadratic(ema_decay: float, kappa: int) -> None:
     # alpha = 1 / L, s = sqrt((1 - gamma) / kappa): the worst-case rate is 1 - s.
     s = ((1 - ema_decay) / kappa) ** 0.5

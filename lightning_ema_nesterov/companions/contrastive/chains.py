@@ -73,14 +73,15 @@ def run_chains(
     # A candidate is taken iff log u < logit - score; one that is none has the logit -inf.
     thresholds = torch.where(is_candidate, logits - log_draws, -torch.inf).T.contiguous()
     rows = logits.T.contiguous()
-    states = torch.empty_like(rows, dtype=torch.long)
-    for column in range(num_columns):
-        accepted = thresholds[column] > log_scores
+    states = []
+    for column, (threshold, row) in enumerate(zip(thresholds.unbind(), rows.unbind(), strict=True)):
+        accepted = threshold > log_scores
         columns = torch.where(accepted, column, columns)
-        log_scores = torch.where(accepted, rows[column], log_scores)
-        states[column] = columns
+        log_scores = torch.where(accepted, row, log_scores)
+        states.append(columns)
     kept = _are_kept(is_candidate, burn_in).to(logits.dtype)
-    counts = logits.new_zeros(len(logits), num_columns + 1).scatter_add_(1, states.T, kept)
+    counts = logits.new_zeros(len(logits), num_columns + 1)
+    counts.scatter_add_(1, torch.stack(states, dim=1), kept)
     return ChainRun(counts / kept.sum(dim=1, keepdim=True), columns, log_scores)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -40,8 +39,7 @@ def steps(chains: str, rank: int, world_size: int, *, gathers: bool = True) -> d
     return {"gradient": gradient, **loss.state_dict()}
 
 
-def main() -> None:
-    folder, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def main(rank: int, world_size: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'rendezvous'}",
@@ -51,7 +49,3 @@ def main() -> None:
     results = {chains: steps(chains, rank, world_size) for chains in ("image", "view")}
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.no_cover]
 
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "companions" / "decentralized_simulated.py"

@@ -27,6 +27,7 @@ from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.companions.decentralized import FSPDASA, FSPDASTORM, DoCoM
 from lightning_ema_nesterov.companions.decentralized.callback import DecentralizedCallback
 from tests.ports import free_port
+from tests.processes import environment_of, measure_first_process_only
 
 METHODS: dict[str, Callable[..., DecentralizedCallback]] = {
     "sa": FSPDASA,
@@ -266,19 +267,12 @@ def spawn(
 
     They are forked from a server that has imported everything and started nothing.
     """
-    common = {
-        "TORCHELASTIC_RUN_ID": "test",
-        "WORLD_SIZE": str(num_processes),
-        "LOCAL_WORLD_SIZE": str(num_processes),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+    port = free_port()
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     processes = []
     for rank in range(num_processes):
-        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = environment_of(rank, num_processes, port)
         process = context.Process(target=main, args=(folder, environment, configs))
         with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()}):
             process.start()
@@ -348,6 +342,7 @@ def main(folder: Path, environment: dict[str, str], configs: list[dict[str, Any]
         os.dup2(output.fileno(), sys.stderr.fileno())
     os.environ.update(environment)
     torch.set_num_threads(1)
+    measure_first_process_only(int(rank))
     code = 0
     try:
         for options in configs:

@@ -252,7 +252,7 @@ def test_recipe_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert output.count("adaptive") == 3
 
 
-@pytest.mark.slow
+@pytest.mark.no_cover
 def test_adaptive_rotations_beat_all_and_none_on_digits_with_three_bits() -> None:
     losses = recipe.compare_on_digits(num_seeds=6, num_steps=150)
     mean = {name: statistics.mean(values) for name, values in losses.items()}
