@@ -125,7 +125,12 @@ class StateStore:
         missing = [p for p in self.all_params() if p.requires_grad and not self.has(p)]
         states = self.base_optimizer.state.values()
         own = set(self.keys)
-        if missing and all(self.keys[0] in state and own.issuperset(state) for state in states):
+        # With no state at all nothing is known: the optimizer may still make its own.
+        if (
+            missing
+            and states
+            and all(self.keys[0] in state and own.issuperset(state) for state in states)
+        ):
             for p in missing:
                 self.put(p, make_state(p))
 

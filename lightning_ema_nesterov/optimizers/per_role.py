@@ -61,7 +61,7 @@ class OptimizerPerRole(Optimizer):
             optimizer.param_groups, optimizer.state = groups, self.state
             lrs = [group["lr"] for group in groups]
             for group in groups:
-                group["lr"] *= self._lr_ratios[idx]
+                group["lr"] = group["lr"] * self._lr_ratios[idx]  # a tensor stays as it is
             try:
                 optimizer.step()
             finally:

@@ -128,7 +128,7 @@ class SCALE(LeanOptimizer):
             self._decay_(group, members, group["lr"])
             own = [local(p) for p in members]
             torch._foreach_addcdiv_(
-                own, [moved[p] for p in members], [scales[p] for p in members], -group["lr"]
+                own, [moved[p] for p in members], [scales[p] for p in members], -float(group["lr"])
             )
         for group, members in self._with_gradient("other"):
             lr = group["lr"] * group["adam_lr_ratio"]

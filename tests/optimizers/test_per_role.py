@@ -50,6 +50,19 @@ def test_each_takes_its_own_step_at_its_ratio_to_the_first() -> None:
     assert not any(torch.equal(w, u) for w, u in zip(weights, untreated, strict=True))
 
 
+def test_a_rate_that_is_a_tensor_is_the_same_after_each_step() -> None:
+    weights = make_weights()
+    optimizer = make(weights)
+    rate = torch.tensor(0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    for _ in range(3):
+        loss_of(weights)
+        optimizer.step()
+        assert rate == torch.tensor(0.1)
+        assert all(group["lr"] is rate for group in optimizer.param_groups)
+
+
 def test_a_closure_is_called_once_and_its_loss_returned() -> None:
     weights, expected = make_weights(), make_weights()
     calls: list[float] = []

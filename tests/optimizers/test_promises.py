@@ -279,6 +279,17 @@ def test_one_rate_in_all_groups_moves_all(name: str) -> None:
 
 
 @every_optimizer
+def test_rate_may_be_a_tensor(name: str) -> None:
+    model, optimizer = started(name)
+    other, twin = started(name)
+    for group in twin.param_groups:
+        group["lr"] = torch.tensor(group["lr"])
+    expected = train(model, optimizer, 3)
+    assert largest_difference(train(other, twin, 3), expected) < 1e-6
+    assert all(torch.is_tensor(group["lr"]) for group in twin.param_groups)
+
+
+@every_optimizer
 def test_copied_optimizer_goes_on_bitwise(name: str) -> None:
     model, optimizer = started(name)
     train(model, optimizer, 2)
