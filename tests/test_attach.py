@@ -275,3 +275,36 @@ def test_fractions_of_a_run_without_an_end_are_refused_with_what_to_give() -> No
     net = Net()
     with pytest.raises(ValueError, match="total_steps"):
         attach_ema_nesterov(adamw(net.parameters()), net)
+
+
+WIDTH = {"float32": 1e-6, "bfloat16": 2e-2, "int8": 5e-2}
+"""How far the average is from the iterate, relative error by the narrowest format."""
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("second", WIDTH)
+@pytest.mark.parametrize("first", WIDTH)
+def test_directions_that_are_there_are_converted(first: str, second: str, is_loaded: bool) -> None:
+    """From an attached method that was taken off, or a checkpoint that was loaded before."""
+    net = nn.Linear(128, 64, bias=False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    handle = attach(optimizer, net, direction_dtype=first)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.ones(1, 128)).square().mean().backward()
+        optimizer.step()
+    expected = offset_of_average(handle, net)
+    state = optimizer.state_dict()
+    handle.detach()
+    if is_loaded:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        optimizer.load_state_dict(state)
+    found = offset_of_average(attach(optimizer, net, direction_dtype=second), net)
+    assert relative_error([found], [expected]) < max(WIDTH[first], WIDTH[second])
+    assert torch.linalg.vector_norm(expected) > 1e-3
+
+
+def offset_of_average(handle: EMANesterovHandle, net: nn.Linear) -> Tensor:
+    iterate = net.weight.detach().clone()
+    with handle.at_average():
+        return net.weight.detach() - iterate

@@ -106,6 +106,7 @@ class Lookahead:
         optimizer = self.base_optimizer
         self.scope.peaks(self.schedule)
         claim(self)
+        self.rule.store.take_up(self.rule.restore)
         self._handles = [
             *self._hooks.register(),
             *self.progress.register(),

@@ -134,6 +134,20 @@ class StateStore:
             for p in missing:
                 self.put(p, make_state(p))
 
+    def take_up(self, restore: Callable[[Tensor, State], State]) -> None:
+        """Convert tensors that are in the optimizer's state already.
+
+        A checkpoint that was loaded before the method was attached is rounded to the dtypes of the
+        parameters, and a former method may have stored them in another format.
+
+        Args:
+            restore: As for :meth:`restore_on_load`.
+        """
+        for p in self.known_params():
+            state = self.base_optimizer.state[p]
+            found = {key: state.pop(key) for key in self._loadable_keys if key in state}
+            self.put(p, restore(p, found))
+
     def restore_on_load(self, restore: Callable[[Tensor, State], State]) -> list[RemovableHandle]:
         """Register hooks: ``load_state_dict`` rounds every state to its parameter's dtype.
 
