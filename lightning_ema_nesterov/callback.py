@@ -243,8 +243,9 @@ class EMANesterov(LookaheadCallback):
         try:
             schedule = self.settings.schedule(total_steps)
         except ValueError:
-            if not is_trial(trainer):
+            if not is_trial(trainer, total_steps):
                 raise
+            rank_zero_info("EMANesterov leaves warmup and rest out: they do not fit so few steps.")
             return replace(self.settings, warmup=0, rest=0).schedule(None)
         is_average = self.settings.evaluate_at == "average"
         if any(lookahead.scope.is_ever_ahead(schedule) for lookahead in self._lookaheads):

@@ -127,8 +127,6 @@ class LookaheadCallback(Callback, ABC):
             owners = [m for m in (trainer.strategy.model, pl_module) if m is not None]
             for handle in ModuleHooks(lookahead).register((), owners):
                 self._detach.callback(handle.remove)
-            for idx, max_lr in enumerate(max_lrs_of_schedulers(trainer, optimizer)):
-                lookahead.progress.set_max_lr(idx, max_lr)
         self._detach.callback(self._lookaheads.clear)
         self._bracket_training_step(trainer)
         self._bracket_save_checkpoint(trainer)
@@ -146,6 +144,10 @@ class LookaheadCallback(Callback, ABC):
         for lookahead in self._lookaheads:
             lookahead.schedule = schedule
             lookahead.attach()
+            # Now that a checkpoint is loaded, which may be one without the callback.
+            max_lrs = max_lrs_of_schedulers(trainer, lookahead.base_optimizer)
+            for idx, max_lr in enumerate(max_lrs):
+                lookahead.progress.set_max_lr(idx, max_lr)
             self._take_up(trainer, lookahead)
 
     def _take_up(self, trainer: Trainer, lookahead: Lookahead) -> None:

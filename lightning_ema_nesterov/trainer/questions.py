@@ -32,6 +32,9 @@ __all__ = [
     "window_continues",
 ]
 
+_FEW_STEPS = 100
+"""Optimizer steps of a run that is limited to some batches, up to which it counts as a trial."""
+
 _IS_OVERRIDDEN = "utilities.model_helpers.is_overridden"
 
 # Hooks between two micro-batches of one accumulation window, where users may read parameters.
@@ -126,10 +129,16 @@ def estimate_total_steps(trainer: Trainer) -> int | None:
     return int(estimate)
 
 
-def is_trial(trainer: Trainer) -> bool:
-    """Return whether only a few batches are trained, to try the code: no schedule has to fit."""
+def is_trial(trainer: Trainer, total_steps: int | None) -> bool:
+    """Return whether only a few batches are trained, to try the code: no schedule has to fit.
+
+    Args:
+        trainer: The Trainer.
+        total_steps: Optimizer steps of the run; ``None`` if it has no known end.
+    """
     is_fast: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set elsewhere
-    return is_fast or isinstance(trainer.limit_train_batches, int)
+    is_limited = isinstance(trainer.limit_train_batches, int)
+    return is_fast or (is_limited and total_steps is not None and total_steps <= _FEW_STEPS)
 
 
 def steps_per_global_step(trainer: Trainer) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -81,6 +82,21 @@ def test_a_trial_of_a_few_batches_needs_no_schedule_that_fits(kwargs: dict[str, 
     trainer = make_trainer(EMANesterov(warmup=100, rest=50), max_epochs=1, **kwargs)
     trainer.fit(Toy(adamw), loader(4))
     assert trainer.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("callback", "kwargs", "message"),
+    [
+        (EMANesterov(), {"max_epochs": -1, "max_steps": -1}, "has no known end"),
+        (EMANesterov(warmup=900, rest=200), {"max_epochs": 100}, "not be longer than the run"),
+    ],
+)
+def test_a_long_run_of_limited_epochs_is_no_trial(
+    callback: EMANesterov, kwargs: dict[str, Any], message: str
+) -> None:
+    trainer = make_trainer(callback, limit_train_batches=4, **kwargs)
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.fit(Toy(adamw), loader(4))
 
 
 class IteratorStep(Toy):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import DataLoader, Subset
@@ -294,3 +296,19 @@ def test_cyclic_learning_rate_is_measured_against_its_own_maximum() -> None:
     for params, x in zip(recorder.params, expected[1:], strict=True):
         assert relative_error(params, x) < 1e-5  # float32 against float64
     assert relative_error(against_the_start[-1], expected[-1]) > 1e-3
+
+
+def test_cyclic_learning_rate_also_where_a_checkpoint_has_no_method(tmp_path: Path) -> None:
+    def cyclic(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
+        return lr_scheduler.CyclicLR(optimizer, 5e-3, 5e-2, step_size_up=4, cycle_momentum=False)
+
+    trainer = make_trainer(max_steps=2)
+    trainer.fit(Toy(sgd, make_scheduler=cyclic), loader(8))
+    path = tmp_path / "without.ckpt"
+    trainer.save_checkpoint(path)
+    logger = CSVLogger(tmp_path)
+    trainer = make_trainer(ema_nesterov(), max_steps=4, logger=logger, log_every_n_steps=1)
+    trainer.fit(Toy(sgd, make_scheduler=cyclic), loader(8), ckpt_path=path)
+    # The third step has nothing to look ahead along; the fourth is three quarters up from a tenth.
+    step_size = trainer.logged_metrics["ema_nesterov/step_size"]
+    assert float(step_size) == pytest.approx(0.5 * 0.775)
