@@ -308,3 +308,26 @@ def offset_of_average(handle: EMANesterovHandle, net: nn.Linear) -> Tensor:
     iterate = net.weight.detach().clone()
     with handle.at_average():
         return net.weight.detach() - iterate
+
+
+def test_a_state_of_a_look_stays_what_it_was() -> None:
+    """It is a copy: the parameters move on when the look ends."""
+    net = Net()
+    optimizer = adamw(net.parameters())
+    handle = attach(optimizer, net)
+    for batch in Batches(3).data:
+        optimizer.zero_grad()
+        net(batch).backward()
+        optimizer.step()
+    x = snapshot(net)
+    net(Batches(1).data[0])  # opens a window
+    assert not equal(snapshot(net), x)
+    with handle.at_iterate():
+        at_iterate = net.state_dict()
+    optimizer.zero_grad()
+    handle.extrapolate()
+    assert equal([*at_iterate.values()], x)
+    with handle.at_average():
+        average, at_average = snapshot(net), net.state_dict()
+    assert equal([*at_average.values()], average)
+    assert not equal(average, x)

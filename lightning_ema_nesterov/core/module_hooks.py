@@ -57,7 +57,8 @@ class ModuleHooks:
         self._lookahead = lookahead
         self._average_share = average_share
         self._looks: list[ExitStack | None] = []  # one for each forward pass that is running
-        self._states: list[bool] = []  # of the running calls of state_dict: likewise
+        # Of the running calls of state_dict: whether a window was open, and whether tensors move.
+        self._states: list[tuple[bool, bool]] = []
 
     def register(
         self, called: Iterable[nn.Module], owners: Iterable[nn.Module]
@@ -156,15 +157,18 @@ class ModuleHooks:
     def _before_state(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if not prefix:
             self._states.clear()  # of a call that raised
-        self._states.append(self._lookahead.is_open)
-        self._lookahead.pause()
+        lookahead, was_open = self._lookahead, self._lookahead.is_open
+        self._states.append((was_open, was_open or lookahead.is_paused or lookahead.is_at_average))
+        lookahead.pause()
 
     def _after_state(
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
     ) -> None:
-        if self._states and self._states.pop():
+        was_open, moves_on = self._states.pop() if self._states else (False, False)
+        if moves_on:
             for key, value in state_dict.items():
-                state_dict[key] = tree_map(_copy, value)  # not views of what goes on moving
+                state_dict[key] = tree_map(_copy, value)  # not views
+        if was_open:
             self._lookahead.resume()
 
     def _before_load(self, module: nn.Module, *args: Any) -> None:

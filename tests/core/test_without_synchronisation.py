@@ -208,10 +208,11 @@ def test_directions_on_the_host_are_found() -> None:
     with fake_gpu() as device:
         optimizer = torch.optim.SGD(Net(device).parameters(), lr=0.1)
         rule = OnHost(optimizer, 0.9)
+        lookahead = Lookahead(rule, LookaheadSchedule(0.5)).attach()
         for p in rule.store.all_params():
             rule.store.put(p, rule.make_state(p))
         with pytest.raises(MixedDevicesError, match="_foreach_add_"):
-            Lookahead(rule, LookaheadSchedule(0.5)).attach().extrapolate()
+            lookahead.extrapolate()
 
 
 class Counts(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
