@@ -186,17 +186,14 @@ def test_ema_nesterov_looks_ahead_from_the_weights_before_rounding() -> None:
         with torch.no_grad():
             for p, m, x in zip(model.parameters(), directions, before, strict=True):
                 m.mul_(decay).add_(p - x, alpha=1 - decay)
-    # Rounding in float32 differs; a number that crosses a threshold moves weights by far more.
-    for p, q in zip(module.points, last, strict=True):
-        assert float((p - q).abs().max()) < 2e-4
+    # Rounding in float32 differs, and Adam turns that of a gradient near 0 into a step: by norms.
+    assert max(map(_distance, module.points, last)) < 1e-3
     plain = fit([qat()], max_steps=steps)
-    assert (
-        max(
-            float((p - q).abs().max())
-            for p, q in zip(plain.parameters(), module.parameters(), strict=True)
-        )
-        > 2e-3
-    )
+    assert min(map(_distance, plain.parameters(), module.parameters())) > 5e-3
+
+
+def _distance(first: Tensor, second: Tensor) -> float:
+    return float((first - second).norm() / second.norm())
 
 
 def test_a_small_litgpt_model_is_fine_tuned_with_four_bits() -> None:
