@@ -17,6 +17,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 240.0
+# The first who starts the server decides what it imports: the same for all.
+PRELOADED = ["tests.distributed.worker", "tests.litgpt.runs"]
 
 
 def start_processes(work: Callable[..., None], num_processes: int, *arguments: Any) -> None:
@@ -35,7 +37,7 @@ def start_processes(work: Callable[..., None], num_processes: int, *arguments: A
 
 
 class Forked:
-    """A process that is forked from a server, which has imported ``work`` and started nothing.
+    """A process that is forked from a server, which has imported much and started nothing.
 
     An interpreter of its own would import torch and Lightning once more.
 
@@ -47,7 +49,7 @@ class Forked:
 
     def __init__(self, work: Callable[..., None], *arguments: Any, log: Path) -> None:
         context = get_context("forkserver")
-        context.set_forkserver_preload([work.__module__])  # the first of all is heard
+        context.set_forkserver_preload(PRELOADED)
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.log = log
         log.touch()

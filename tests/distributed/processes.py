@@ -19,7 +19,7 @@ import torch
 
 from tests.distributed import cases, worker
 from tests.ports import free_port
-from tests.processes import environment_of
+from tests.processes import PRELOADED, environment_of
 
 ROOT = Path(__file__).parents[2]
 # Far below the half hour after which a process group gives up on a process that it waits for.
@@ -104,7 +104,7 @@ def start(
     if not any(isinstance(run.strategy, cases.OneProcess) for run in runs):
         environments = environments_of(num_processes)
     context = get_context("forkserver")
-    context.set_forkserver_preload([worker.__name__])
+    context.set_forkserver_preload(PRELOADED)
     started = []
     for environment in environments:
         log = Path(tempfile.mkstemp(suffix=".log", dir=folder)[1])

@@ -27,7 +27,7 @@ from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.companions.decentralized import FSPDASA, FSPDASTORM, DoCoM
 from lightning_ema_nesterov.companions.decentralized.callback import DecentralizedCallback
 from tests.ports import free_port
-from tests.processes import environment_of, measure_first_process_only
+from tests.processes import PRELOADED, environment_of, measure_first_process_only
 
 METHODS: dict[str, Callable[..., DecentralizedCallback]] = {
     "sa": FSPDASA,
@@ -269,7 +269,7 @@ def spawn(
     """
     port = free_port()
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(PRELOADED)
     processes = []
     for rank in range(num_processes):
         environment = environment_of(rank, num_processes, port)
