@@ -103,7 +103,6 @@ class Lookahead:
         """
         if self._handles:
             return self
-        optimizer = self.base_optimizer
         self.scope.peaks(self.schedule)
         claim(self)
         self.rule.store.take_up(self.rule.restore)
@@ -112,8 +111,8 @@ class Lookahead:
             *self.progress.register(),
             *self.rule.store.restore_on_load(self.rule.restore),
             *self.scope.keep_on_load(),
-            optimizer.register_state_dict_pre_hook(self._before_state),
-            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            self.base_optimizer.register_state_dict_pre_hook(self._before_state),
+            self.base_optimizer.register_load_state_dict_pre_hook(self._before_load),
         ]
         return self
 
