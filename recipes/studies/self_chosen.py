@@ -10,8 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ema_nesterov import EMANesterov
-
-DIRECTION = "ema_nesterov_direction"
+from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
 
 
 class SelfChosenStepSize(EMANesterov):
@@ -56,7 +55,7 @@ class SelfChosenStepSize(EMANesterov):
         [optimizer] = trainer.optimizers
         [lookahead] = self.lookaheads
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        after = torch.cat([optimizer.state[p][DIRECTION].flatten() for p in params])
+        after = torch.cat([optimizer.state[p][DIRECTION_KEY].flatten() for p in params])
         if self._before is not None:
             taken = lookahead.schedule.step_size(trainer.global_step - 1, peak=self._peak)
             self._choose(self._before, after, taken)
