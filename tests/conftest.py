@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -39,6 +40,16 @@ def _same_global_hooks() -> Iterator[None]:
     yield
     for key in set(hooks) - before:
         del hooks[key]
+
+
+@pytest.fixture(autouse=True)
+def _messages_reach_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's loggers hand their messages on to pytest, whoever imported Lightning first.
+
+    They do not where the root logger had no handler at the import.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_csv_beside_tensorboard_a_rich_progress_bar_and_a_summary(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("rich", reason="rich is not installed")
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="lightning.pytorch")
     train(TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv"))
     check_same(of_csv(tmp_path / "csv"), of_tensorboard(tmp_path / "tb"))
     assert "| hidden | Linear | 32" in caplog.text
