@@ -20,6 +20,7 @@ from lightning_ema_nesterov.rules.make import DEFAULTS, Settings
 from lightning_ema_nesterov.trainer.base_callback import LookaheadCallback, as_misconfiguration
 from lightning_ema_nesterov.trainer.questions import (
     estimate_total_steps,
+    is_of_tuner,
     is_trial,
     is_watched_between_steps,
 )
@@ -204,10 +205,12 @@ class EMANesterov(LookaheadCallback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Note the average of a checkpoint that is evaluated."""
-        is_evaluated = trainer.state.fn != TrainerFn.FITTING
-        if self._evaluation is not None and is_evaluated and trainer.ckpt_path:
+        if self._evaluation is None or trainer.state.fn == TrainerFn.FITTING:
+            return
+        path = Path(trainer.ckpt_path or "")
+        if trainer.ckpt_path and not is_of_tuner(path):
             with as_misconfiguration():
-                self._evaluation.take_checkpoint(Path(trainer.ckpt_path), checkpoint)
+                self._evaluation.take_checkpoint(path, checkpoint)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -80,7 +80,7 @@ class Lookahead:
         self._window: Window | None = None
         self._average: AtAverage | None = None
         self._hooks = StepHooks(
-            rule.base_optimizer, self._begin_step, self._end_step, lambda: self._is_stepping
+            rule.base_optimizer, self._begin_step, self._end_step, self._is_stepping
         )
         self._handles: list[RemovableHandle] = []
 
@@ -143,7 +143,7 @@ class Lookahead:
                 "at_average() first."
             )
         self.resume()
-        if self._is_stepping and not self._hooks.is_in_closure:
+        if self._is_stepping() and not self._hooks.is_in_closure:
             self.retract()  # the last step of the base optimizer raised, and training continues
         if self._window is not None:
             return
@@ -242,7 +242,6 @@ class Lookahead:
             self._average.leave()
             self._average = None
 
-    @property
     def _is_stepping(self) -> bool:
         return self._window is not None and self._window.is_stepping
 
@@ -254,7 +253,7 @@ class Lookahead:
 
     def _begin_step(self) -> None:
         self.resume()
-        if self._is_stepping:
+        if self._is_stepping():
             self.retract()  # the last step raised, and this one follows without a forward pass
         self.was_extrapolated = self._window is not None
         is_dry_run = self._window is None and self._is_dry_run()

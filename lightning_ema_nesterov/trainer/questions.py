@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,6 +24,7 @@ __all__ = [
     "callbacks_of",
     "check_trainer",
     "estimate_total_steps",
+    "is_of_tuner",
     "is_trial",
     "is_watched_between_steps",
     "is_watched_in_window",
@@ -127,6 +129,11 @@ def estimate_total_steps(trainer: Trainer) -> int | None:
     if estimate == trainer.max_steps:  # the Trainer counts the steps of all optimizers there
         estimate //= steps_per_global_step(trainer)
     return int(estimate)
+
+
+def is_of_tuner(checkpoint: Path) -> bool:
+    """Return whether Lightning's tuner wrote a checkpoint, to come back to the weights it found."""
+    return checkpoint.name.startswith((".scale_batch_size_", ".lr_find_"))
 
 
 def is_trial(trainer: Trainer, total_steps: int | None) -> bool:

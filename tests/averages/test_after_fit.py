@@ -9,14 +9,18 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from tests.toys import Toy, adamw, ema_nesterov, equal, loader, make_trainer, snapshot
+from lightning_ema_nesterov.trainer.questions import callbacks_of
+from tests.toys import Batches, Toy, adamw, ema_nesterov, equal, loader, make_trainer, snapshot
 
 
 class Evaluated(Toy):
     """Notes the parameters that each kind of evaluation sees."""
+
+    batch_size = 2
 
     def __init__(self) -> None:
         super().__init__(adamw)
@@ -34,6 +38,9 @@ class Evaluated(Toy):
         self.seen["predict"] = snapshot(self)
         loss: Tensor = self(batch)
         return loss
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(Batches(8), batch_size=self.batch_size)
 
 
 def fitted(folder: Path, **kwargs: Any) -> tuple[Evaluated, Trainer, list[Tensor]]:
@@ -89,6 +96,29 @@ def test_the_checkpoint_counts_and_not_what_was_trained(tmp_path: Path) -> None:
     for params in evaluate(more, module, **options).values():
         torch.testing.assert_close(params, average, rtol=1e-6, atol=1e-7)
     assert trainer.global_step == 12
+
+
+@pytest.mark.parametrize("is_finder_first", [True, False])
+@pytest.mark.parametrize("is_given", [True, False])
+def test_the_batch_size_finder_keeps_the_average(
+    tmp_path: Path, is_finder_first: bool, is_given: bool
+) -> None:
+    module, trainer, average = fitted(tmp_path)
+    x = snapshot(module)
+    callback = callbacks_of(trainer)[0]
+    options: dict[str, Any] = {}
+    if is_given:
+        module, callback = Evaluated(), ema_nesterov(evaluate_at="average")
+        options = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": False}
+    finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)
+    make_trainer(
+        [finder, callback] if is_finder_first else [callback, finder],
+        default_root_dir=tmp_path,
+        enable_checkpointing=True,
+    ).validate(module, verbose=False, **options)
+    assert module.batch_size > 2
+    torch.testing.assert_close(module.seen["validate"], average, rtol=1e-6, atol=1e-7)
+    assert equal(snapshot(module), x)
 
 
 def test_without_an_average_the_weights_are_taken_and_that_is_said(tmp_path: Path) -> None:

@@ -103,6 +103,21 @@ def test_callback_can_be_pickled_for_spawned_processes() -> None:
     assert not equal(weights[0], weights[2])
 
 
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"direction_dtype": "int8"}, {"evaluate_at": "average"}, {"compile": True}]
+)
+def test_trainer_can_be_pickled_after_fit(kwargs: dict[str, Any]) -> None:
+    trainer = make_trainer(ema_nesterov(**kwargs), max_epochs=1)
+    trainer.fit(Toy(adamw), loader(4))
+    loaded = pickle.loads(pickle.dumps(trainer))
+    losses = [t.validate(t.lightning_module, loader(2), verbose=False) for t in (trainer, loaded)]
+    assert losses[0] == losses[1]
+    with torch.no_grad():
+        for p in trainer.lightning_module.parameters():
+            p.zero_()
+    assert loaded.validate(loaded.lightning_module, loader(2), verbose=False) == losses[0]
+
+
 class StopsAfter(Callback):
     """Ends a run that has no end of its own."""
 
