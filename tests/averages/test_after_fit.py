@@ -40,7 +40,7 @@ class Evaluated(Toy):
         return loss
 
     def val_dataloader(self) -> Any:
-        return DataLoader(Batches(8), batch_size=self.batch_size)
+        return DataLoader(list(Batches(8).data[:, 0]), batch_size=self.batch_size)
 
 
 def fitted(folder: Path, **kwargs: Any) -> tuple[Evaluated, Trainer, list[Tensor]]:
