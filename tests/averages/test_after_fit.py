@@ -40,7 +40,8 @@ class Evaluated(Toy):
         return loss
 
     def val_dataloader(self) -> Any:
-        return DataLoader(list(Batches(8).data[:, 0]), batch_size=self.batch_size)
+        rows: Any = Batches(8).data[:, 0]
+        return DataLoader(rows, batch_size=self.batch_size)
 
 
 def fitted(folder: Path, **kwargs: Any) -> tuple[Evaluated, Trainer, list[Tensor]]:
