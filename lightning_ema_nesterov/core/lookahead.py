@@ -20,7 +20,7 @@ from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 from lightning_ema_nesterov.core.scope import Scope
 from lightning_ema_nesterov.core.sharding import Sharding
-from lightning_ema_nesterov.core.step_hooks import StepHooks
+from lightning_ema_nesterov.core.step_hooks import StepHooks, only_creates_state
 from lightning_ema_nesterov.core.window import AtAverage, Window
 
 __all__ = ["Lookahead"]
@@ -80,7 +80,11 @@ class Lookahead:
         self._window: Window | None = None
         self._average: AtAverage | None = None
         self._hooks = StepHooks(
-            rule.base_optimizer, self._begin_step, self._end_step, self._is_stepping
+            rule.base_optimizer,
+            self._begin_step,
+            self._end_step,
+            abandon=self.retract,
+            has_begun=self._is_stepping,
         )
         self._handles: list[RemovableHandle] = []
 
@@ -178,7 +182,7 @@ class Lookahead:
     @property
     def is_open(self) -> bool:
         """Whether a window is open, and nobody looks at the iterate in it."""
-        return self._window is not None and not self._window.is_paused
+        return self._window is not None and not self.is_paused
 
     @property
     def is_paused(self) -> bool:
@@ -246,6 +250,8 @@ class Lookahead:
         return self._window is not None and self._window.is_stepping
 
     def _before_state(self, optimizer: Optimizer) -> None:
+        if not self.is_paused:
+            self._hooks.settle()
         self.rule.make_state_readable()
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -253,10 +259,8 @@ class Lookahead:
 
     def _begin_step(self) -> None:
         self.resume()
-        if self._is_stepping():
-            self.retract()  # the last step raised, and this one follows without a forward pass
         self.was_extrapolated = self._window is not None
-        is_dry_run = self._window is None and self._is_dry_run()
+        is_dry_run = self._window is None and only_creates_state(self.base_optimizer)
         window = self._window = self._window or Window(
             self.rule, self.sharding, step_idx=self.step_idx, is_dry_run=is_dry_run
         )
@@ -266,14 +270,6 @@ class Lookahead:
             params = []
         with record_function("ema_nesterov/begin"):
             window.begin(params, is_measured=self.will_measure)
-
-    def _is_dry_run(self) -> bool:
-        # torch.distributed.checkpoint has a base optimizer without any state create it, by a step
-        # with gradients and learning rates of zero. Read on the host, outside of training only.
-        optimizer = self.base_optimizer
-        if optimizer.state or any(float(g.get("lr", 1.0)) for g in optimizer.param_groups):
-            return False
-        return not any(p.grad is not None and p.grad.any() for p in self.rule.store.all_params())
 
     def _scaler_skips_step(self) -> bool:
         # GradScaler calls a fused optimizer for a skipped step too, and the optimizer skips it.

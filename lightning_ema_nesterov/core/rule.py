@@ -33,34 +33,29 @@ class Fold:
         buffers: What the rule needs after the step, one tensor for each parameter. A state whose
             storage is used for it is among them.
         kept: A second tensor for each parameter where the rule needs one, else ``None``.
-        versions: Autograd's counts of in-place changes, from before the base optimizer's step.
     """
 
     params: list[Tensor]
     step_size: float
     buffers: list[Tensor]
     kept: list[Tensor | None] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.kept:
             self.kept.extend([None] * len(self.params))
-        if not self.versions:
-            self.versions.extend(p._version for p in self.params)
 
-    def split(self) -> tuple[Fold, Fold]:
+    def split(self, is_stepped: Callable[[Tensor], bool]) -> tuple[Fold, Fold]:
         """Return the parameters that the base optimizer has changed, and those that it has not."""
-        rows = list(zip(self.params, self.buffers, self.kept, self.versions, strict=True))
-        stepped = self._of([row for row in rows if row[0]._version != row[3]])
-        return stepped, self._of([row for row in rows if row[0]._version == row[3]])
+        rows = list(zip(self.params, self.buffers, self.kept, strict=True))
+        stepped = self._of([row for row in rows if is_stepped(row[0])])
+        return stepped, self._of([row for row in rows if not is_stepped(row[0])])
 
-    def _of(self, rows: list[tuple[Tensor, Tensor, Tensor | None, int]]) -> Fold:
+    def _of(self, rows: list[tuple[Tensor, Tensor, Tensor | None]]) -> Fold:
         return Fold(
-            [p for p, _, _, _ in rows],
+            [p for p, _, _ in rows],
             self.step_size,
-            [buffer for _, buffer, _, _ in rows],
-            [kept for _, _, kept, _ in rows],
-            [version for _, _, _, version in rows],
+            [buffer for _, buffer, _ in rows],
+            [kept for _, _, kept in rows],
         )
 
 

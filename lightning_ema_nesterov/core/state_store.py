@@ -49,6 +49,20 @@ class StateStore:
         """Return all parameters of the base optimizer, in its order."""
         return [p for group in self.base_optimizer.param_groups for p in group["params"]]
 
+    def num_changes(self) -> dict[Tensor, int]:
+        """Return how often each parameter was changed in place, as far as autograd counts.
+
+        It does not count what a fused optimizer does. Those that count their own steps, as Adam
+        does, change that number right before.
+        """
+        counts = {}
+        for group in self.base_optimizer.param_groups:
+            for p in group["params"]:
+                state = self.base_optimizer.state.get(p, {}) if group.get("fused") else {}
+                step = state.get("step")
+                counts[p] = p._version + (step._version if isinstance(step, Tensor) else 0)
+        return counts
+
     def has(self, p: Tensor) -> bool:
         """Return whether a parameter has its tensors."""
         return self.keys[0] in self.state_of(p)

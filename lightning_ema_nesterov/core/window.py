@@ -43,6 +43,7 @@ class Window:
         self._sharding = sharding
         self._step_idx = step_idx
         self._step_sizes: dict[Tensor, float] = {}  # of the parameters at the lookahead point
+        self._num_changes: dict[Tensor, int] = {}  # before the base optimizer's step
         self._put_back: Callable[[], None] | None = None
 
     @property
@@ -64,6 +65,7 @@ class Window:
         self.retract(p for p in params if p.grad is None)
         for step_size, bucket in self._by_step_size(p for p in params if p.grad is not None):
             self.folds.append(self._rule.begin(bucket, step_size, is_measured=is_measured))
+        self._num_changes = self._rule.store.num_changes()
 
     def retract(self, params: Iterable[Tensor] | None = None) -> None:
         """Return parameters from the lookahead point to the iterate; by default all."""
@@ -82,8 +84,9 @@ class Window:
         self._sharding.reshard()
         if not self.is_stepping:
             self.retract()
+        now = self._rule.store.num_changes() if self.folds else {}
         for fold in self.folds:
-            stepped, waiting = fold.split()
+            stepped, waiting = fold.split(lambda p: now[p] != self._num_changes[p])
             self._rule.finish(stepped, step_idx=self._step_idx)
             self._rule.cancel(waiting)
             self.retract(waiting.params)

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ema_nesterov.core.step_hooks import StepHooks
+from lightning_ema_nesterov.core.step_hooks import StepHooks, only_creates_state
 
 __all__ = ["StepCounter", "check_count"]
 
@@ -46,7 +46,9 @@ class StepCounter:
         self._has_begun = False
         self._is_dry_run = False
         self._handles: list[RemovableHandle] = []
-        self._hooks = StepHooks(optimizer, self._begin, self._end, lambda: self._has_begun)
+        self._hooks = StepHooks(
+            optimizer, self._begin, self._end, self._abandon, lambda: self._has_begun
+        )
         optimizer.param_groups[0].setdefault(key, _NO_STEP)
 
     @property
@@ -63,7 +65,7 @@ class StepCounter:
         """Register the hooks."""
         self._handles = [
             *self._hooks.register(),
-            self.optimizer.register_state_dict_pre_hook(lambda optimizer: self._abandon()),
+            self.optimizer.register_state_dict_pre_hook(lambda optimizer: self._hooks.settle()),
             self.optimizer.register_load_state_dict_pre_hook(lambda *args: self._abandon()),
         ]
 
@@ -74,12 +76,14 @@ class StepCounter:
             self._handles.pop().remove()
 
     def _begin(self) -> None:
-        self._abandon()
-        _, after_step, *_ = self._handles
+        _, after_step, _, before_state, _ = self._handles
         # Others may have been registered since: EMA-Nesterov's end of the step has to come first.
-        hooks = cast("OrderedDict[int, Any]", self.optimizer._optimizer_step_post_hooks)
-        hooks.move_to_end(after_step.id)
-        self._is_dry_run = self._creates_state_only()
+        for handle, hooks in (
+            (after_step, self.optimizer._optimizer_step_post_hooks),
+            (before_state, self.optimizer._optimizer_state_dict_pre_hooks),
+        ):
+            cast("OrderedDict[int, Any]", hooks).move_to_end(handle.id)
+        self._is_dry_run = only_creates_state(self.optimizer)
         self._has_begun = True
         if not self._is_dry_run:
             self._before(self.num_steps)
@@ -96,15 +100,6 @@ class StepCounter:
             self._hooks.reset()
             if not self._is_dry_run:
                 self._cancel()
-
-    def _creates_state_only(self) -> bool:
-        # torch.distributed.checkpoint has an optimizer without any state create it, by a step with
-        # gradients and learning rates of zero.
-        groups = self.optimizer.param_groups
-        if self.optimizer.state or any(float(group.get("lr", 1.0)) for group in groups):
-            return False
-        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        return not any(bool(grad.any()) for grad in grads)
 
 
 def check_count(name: str, value: object, least: int) -> None:
