@@ -32,8 +32,11 @@ class EMANesterovHandle:
         self._num_unseen_steps = 0
 
     def at_iterate(self) -> AbstractContextManager[None]:
-        """Hold the parameters at the iterate inside a ``with`` block, wherever training is."""
-        return self._lookahead.at_iterate()
+        """Hold the parameters at the iterate inside a ``with`` block, wherever training is.
+
+        A training forward pass must not run in it; an evaluation sees the iterate.
+        """
+        return self._module_hooks.at_iterate()
 
     def at_average(self, share: float = 1.0) -> AbstractContextManager[None]:
         """Hold the parameters at the average of the iterates inside a ``with`` block.
@@ -68,8 +71,7 @@ class EMANesterovHandle:
         first forward pass of each step. Until that step, a forward pass of the module in evaluation
         mode with gradients counts as one of training.
         """
-        self._module_hooks.is_held = True
-        self._lookahead.extrapolate()
+        self._module_hooks.extrapolate()
 
     def start_at(self, step_idx: int) -> None:
         """Set how many steps the run took before, unless a checkpoint that was loaded tells."""

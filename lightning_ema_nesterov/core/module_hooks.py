@@ -12,7 +12,7 @@ import inspect
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -56,7 +56,9 @@ class ModuleHooks:
         self.is_held = False
         self._lookahead = lookahead
         self._average_share = average_share
-        self._looks: list[ExitStack | None] = []  # one for each forward pass that is running
+        # Of the forward passes that are running: the module, and how to come back from its look.
+        self._looks: list[tuple[nn.Module, ExitStack | None]] = []
+        self._is_at_iterate = False
         # Of the running calls of state_dict: whether a window was open, and whether tensors move.
         self._states: list[tuple[bool, bool]] = []
 
@@ -110,10 +112,39 @@ class ModuleHooks:
                 "returned."
             )
 
+    def extrapolate(self) -> None:
+        """Move to the lookahead point, where no forward pass of the module does it.
+
+        Raises:
+            RuntimeError: Inside of :meth:`at_iterate`, or if the parameters hold the average.
+        """
+        self._check_not_at_iterate()
+        self.is_held = True
+        self._lookahead.extrapolate()
+
+    @contextmanager
+    def at_iterate(self) -> Iterator[None]:
+        """Hold the parameters at the iterate inside a ``with`` block, also in evaluations."""
+        was_at_iterate, self._is_at_iterate = self._is_at_iterate, True
+        try:
+            with self._lookahead.at_iterate():
+                yield
+        finally:
+            self._is_at_iterate = was_at_iterate
+
+    def _check_not_at_iterate(self) -> None:
+        if self._is_at_iterate:
+            raise RuntimeError(
+                "A training forward pass must not run inside of at_iterate(): it moves the "
+                "parameters to the lookahead point. Use eval() or torch.no_grad() there."
+            )
+
     @_not_compiled
     def _before_forward(self, module: nn.Module, args: Any) -> None:
+        self._leave_interrupted_looks(module)
         if torch.is_grad_enabled() and (module.training or self.is_held):
-            self._looks.append(None)
+            self._check_not_at_iterate()
+            self._looks.append((module, None))
             if not self._lookahead.is_open and torch._C._current_graph_task_id() != _NO_BACKWARD:
                 raise RuntimeError(
                     "The first training forward pass of a step must not run inside of a backward "
@@ -123,19 +154,33 @@ class ModuleHooks:
                 )
             self._lookahead.extrapolate()
         else:
-            self._looks.append(self._look())
+            self._looks.append((module, self._look()))
 
     def _look(self) -> ExitStack | None:
         lookahead, share = self._lookahead, self._average_share
+        if self._is_at_iterate:
+            return None
         if lookahead.is_at_average or (share is None and not lookahead.is_open):
             return None  # the parameters are where they should be
         look = ExitStack()
         look.enter_context(lookahead.at_iterate() if share is None else lookahead.at_average(share))
         return look
 
+    def _leave_interrupted_looks(self, *called: nn.Module) -> None:
+        """Come back from looks in forward passes that Ctrl-C ended: torch calls no hook then."""
+        modules = {module for module, _ in self._looks}
+        if all(look is None for _, look in self._looks) or (
+            _num_calls(modules.union(called)) > len(called)
+        ):
+            return
+        while self._looks:
+            _, look = self._looks.pop()
+            if look is not None:
+                look.close()
+
     @_not_compiled
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        look = self._looks.pop() if self._looks else None
+        _, look = self._looks.pop() if self._looks else (module, None)
         if look is not None:
             look.close()
         elif not self._lookahead.is_open:
@@ -156,6 +201,7 @@ class ModuleHooks:
 
     def _before_state(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if not prefix:
+            self._leave_interrupted_looks()
             self._states.clear()  # of a call that raised
         lookahead, was_open = self._lookahead, self._lookahead.is_open
         self._states.append((was_open, was_open or lookahead.is_paused or lookahead.is_at_average))
@@ -172,6 +218,7 @@ class ModuleHooks:
             self._lookahead.resume()
 
     def _before_load(self, module: nn.Module, *args: Any) -> None:
+        self._leave_interrupted_looks()
         self._lookahead.retract()
 
 
@@ -214,6 +261,16 @@ def _wrapped_by(module: nn.Module) -> Iterator[nn.Module]:
     if isinstance(inner, nn.Module):
         yield inner
         yield from _wrapped_by(inner)
+
+
+def _num_calls(modules: set[nn.Module]) -> int:
+    """Return how many forward passes of modules are running."""
+    count, frame = 0, inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            count += frame.f_locals["self"] in modules
+        frame = frame.f_back
+    return count
 
 
 def _do_nothing_hook() -> Callable[..., None]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Fabric
 from torch import Tensor, nn
 
 from lightning_ema_nesterov import EMANesterov
@@ -124,6 +125,67 @@ def test_a_backward_pass_after_a_look_that_raised_is_refused() -> None:
         loss.backward(retain_graph=True)
     loss.backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+@pytest.mark.parametrize("then", ["train", "evaluate", "state_dict", "load_state_dict"])
+def test_an_evaluation_at_the_average_that_is_interrupted_is_left(
+    then: str, is_wrapped: bool
+) -> None:
+    """Ctrl-C in a notebook; torch calls no hook for it."""
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    def run(*, interrupts: bool) -> list[Tensor]:
+        model = QNetwork()
+        optimizer = sgd(model.parameters())
+        outer = Fabric(accelerator="cpu", devices=1).setup(model) if is_wrapped else model
+        attach(optimizer, outer, evaluate_at="average")
+        for _ in range(3):
+            train_step(outer, optimizer)
+        if interrupts:
+            hook = model.norm.register_forward_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt), torch.no_grad():
+                outer(STATES)
+            hook.remove()
+        if then == "train":
+            train_step(outer, optimizer)
+        elif then == "evaluate":
+            with torch.no_grad():
+                outer(STATES)
+        else:
+            state = outer.state_dict()
+            assert equal([*state.values()], weights(model))
+            if then == "load_state_dict":
+                outer.load_state_dict(state)
+        return weights(model)
+
+    assert equal(run(interrupts=True), run(interrupts=False))
+
+
+def test_inside_of_at_iterate_nothing_else_is_seen() -> None:
+    model = QNetwork()
+    optimizer = sgd(model.parameters())
+    handle = attach(optimizer, model, evaluate_at="average")
+    for _ in range(3):
+        train_step(model, optimizer)
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        at_average = model(STATES)
+        with handle.at_iterate():
+            assert torch.equal(model(STATES), plain(STATES))
+        assert torch.equal(model(STATES), at_average)
+        assert not torch.allclose(at_average, plain(STATES), rtol=1e-3)
+    for train in (lambda: model(STATES), handle.extrapolate):
+        with (
+            handle.at_iterate(),
+            pytest.raises(RuntimeError, match=r"must not run inside of at_iterate\(\)"),
+        ):
+            train()
+    assert equal(weights(model), weights(plain))
+    train_step(model, optimizer)
+    assert not equal(weights(model), weights(plain))
 
 
 class Puts(nn.Module):
