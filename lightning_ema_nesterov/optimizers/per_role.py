@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch.optim import Optimizer
@@ -37,9 +37,30 @@ class OptimizerPerRole(Optimizer):
         self._lr_ratios = [lr / lrs[0] for lr in lrs]
         # Whose parameter it is: a group may have been split since.
         self._owners = {p: idx for idx, group in enumerate(groups) for p in group["params"]}
+        self._is_made = False
         super().__init__(groups, {"lr": lrs[0]})
+        self._is_made = True
         for group in self.param_groups:
             group["lr"] = lrs[0]
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_optimizers", "_lr_ratios", "_owners", "_is_made")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of one of the optimizers; from outside none is.
+
+        Raises:
+            RuntimeError: After this optimizer was made: no role is known of a new group.
+        """
+        if self._is_made:
+            raise RuntimeError(
+                "OptimizerPerRole must be made with all of its parameters: no optimizer is known "
+                "for those of a new group. Give them to the optimizer of their role."
+            )
+        super().add_param_group(param_group)
 
     @overload
     def step(self, closure: None = None) -> None: ...

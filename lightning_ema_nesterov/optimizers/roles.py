@@ -56,8 +56,9 @@ def groups_by_role(module: nn.Module, *, roles: Mapping[str, str] | None = None)
 
     The head is the linear layer with as many outputs as an embedding has rows. If there are
     several or none of them, it is the one whose last name is ``lm_head``, ``head``, ``output`` or
-    ``embed_out``. Parameters that need no gradient are left out. Modules decide, not shapes
-    alone: FSDP1's flat shard of a matrix keeps its role, and the optimizers refuse it.
+    ``embed_out``; that name comes first where embeddings differ in their rows. Parameters that need
+    no gradient are left out. Modules decide, not shapes alone: FSDP1's flat shard of a matrix keeps
+    its role, and the optimizers refuse it.
 
     Args:
         module: The model, wrapped or not. Print the result to see what went where.
@@ -127,7 +128,9 @@ def _find_head(
     by_size = [p for p, (_, outputs) in linear.items() if outputs in sizes]
     by_name = [p for p, (name, _) in linear.items() if name.rpartition(".")[2] in _HEAD_NAMES]
     both = [p for p in by_size if any(p is q for q in by_name)]
-    for candidates in (both, by_size, by_name):
+    # With several sizes a hidden layer may be as wide as a table of positions, by chance.
+    order = (both, by_size, by_name) if len(sizes) == 1 else (both, by_name, by_size)
+    for candidates in order:
         if len(candidates) == 1:
             return candidates[0]
     candidates = both or by_size or by_name

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -86,3 +89,28 @@ def test_what_cannot_be_one_optimizer_is_refused() -> None:
     still = torch.optim.SGD([second], lr=0.0)
     with pytest.raises(ValueError, match=r"must be above 0, got \[0.1, 0.0\]"):
         OptimizerPerRole([torch.optim.SGD([first], lr=0.1), still])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_steps_like_the_original(copied: Callable[[Any], Any]) -> None:
+    weights = make_weights()
+    optimizer = make(weights)
+    loss_of(weights)
+    optimizer.step()
+    others, other = copied((weights, optimizer))
+    for params, one in ((weights, optimizer), (others, other)):
+        one.zero_grad()
+        loss_of(params)
+        one.step()
+    assert equal(weights, others)
+    assert not equal(weights, make_weights())
+    other.zero_grad()
+    loss_of(others)
+    other.step()
+    assert not equal(weights, others)
+
+
+def test_a_group_that_comes_later_is_refused() -> None:
+    optimizer = make(make_weights())
+    with pytest.raises(RuntimeError, match="must be made with all of its parameters"):
+        optimizer.add_param_group({"params": make_weights()})

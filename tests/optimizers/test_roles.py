@@ -154,6 +154,14 @@ def test_two_heads_are_an_error_that_names_them() -> None:
     assert (found["head"], found["hidden"]) == (["2.weight"], ["1.weight"])
 
 
+def test_layer_as_wide_as_a_table_of_positions_is_no_head() -> None:
+    """The head has more outputs than the vocabulary has rows, as a padded one has."""
+    model = nn.ModuleDict({"wte": nn.Embedding(9, 4), "wpe": nn.Embedding(6, 4)})
+    model["up"], model["lm_head"] = nn.Linear(4, 6), nn.Linear(4, 16)
+    found = names(groups_by_role(model))
+    assert (found["head"], found["hidden"]) == (["lm_head.weight"], ["up.weight"])
+
+
 @pytest.mark.parametrize(
     ("roles", "match"),
     [({"no.weight": "head"}, "must name parameters"), ({"up.weight": "body"}, "must be one of")],
