@@ -1,8 +1,19 @@
-"""Ranges of arguments, checked where a user gives them."""
+"""Ranges of arguments, checked where a user gives them, and what is odd and no error."""
 
 from __future__ import annotations
 
-__all__ = ["check_duration", "check_share", "check_step_size", "check_unit_interval", "is_number"]
+import warnings
+
+import torch.distributed as dist
+
+__all__ = [
+    "check_duration",
+    "check_share",
+    "check_step_size",
+    "check_unit_interval",
+    "is_number",
+    "warn_on_rank_zero",
+]
 
 
 def check_step_size(name: str, value: float) -> None:
@@ -39,3 +50,9 @@ def check_duration(name: str, value: int | float) -> None:
 def is_number(value: object) -> bool:
     """Return whether a value is an ``int`` or a ``float``, and no ``bool``."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def warn_on_rank_zero(message: str) -> None:
+    """Warn in one process of those that train together."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        warnings.warn(message, stacklevel=3)

@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ema_nesterov.core.checks import warn_on_rank_zero
+
 __all__ = [
     "DECAY_KEY",
     "MAX_LR_KEY",
@@ -108,7 +110,9 @@ class Progress:
         if "lr" not in group:
             return 1.0
         lr = float(group["lr"])  # once: the host waits for a tensor on a GPU
-        max_lr = largest_lr(group, lr, self._max_lrs.get(group_idx))
+        # A scheduler that was made after attaching tells its peak before the first step.
+        is_told = self.is_new and "max_lr" in group
+        max_lr = largest_lr(group, lr, None if is_told else self._max_lrs.get(group_idx))
         self._max_lrs[group_idx] = max_lr
         lr *= _rate_factors.get(self.base_optimizer, 1.0)
         return lr / max_lr if max_lr > 0 else 0.0
@@ -150,11 +154,21 @@ class Progress:
         step_idx = int(groups[0].pop(STEP_KEY, _NO_STEP))
         self.is_new = step_idx == _NO_STEP
         self._step_idx = max(0, step_idx)
+        self._check_decay(groups[0].get(DECAY_KEY))
         for group in groups:
             group.pop(DECAY_KEY, None)
             group.pop(NAMES_KEY, None)
         loaded = {idx: group.pop(MAX_LR_KEY, None) for idx, group in enumerate(groups)}
         self._max_lrs = {idx: float(lr) for idx, lr in loaded.items() if lr is not None}
+
+    def _check_decay(self, found: float | None) -> None:
+        own = self._average_decay
+        if found is not None and own is not None and float(found) != own:
+            warn_on_rank_zero(
+                f"The run had ema_decay={float(found):g} so far and has {own:g} from here on. It "
+                "goes on with the direction that it has. The average of the weights that is read "
+                f"from it will be off for the next {10 / (1 - own):,.0f} steps or so."
+            )
 
 
 def largest_lr(group: Mapping[str, Any], lr: float, known: float | None = None) -> float:

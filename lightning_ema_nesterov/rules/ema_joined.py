@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ema_nesterov.core.checks import warn_on_rank_zero
 from lightning_ema_nesterov.core.equations import (
     begin_update_,
     cancel_update_,
@@ -159,7 +158,7 @@ class JoinedDirections(EMADirections):
                 _compiled(m.view(-1).data, y.view(-1).data, made[key])
             except Exception as error:  # torch has many for what it cannot compile
                 self._can_compile = False
-                _warn_on_rank_zero(error)
+                _warn_that_nothing_compiles(error)
                 small.append((y, m))
         for group in _groups_in_cache(small):
             ys, ms = [y for y, _ in group], [m for _, m in group]
@@ -213,12 +212,9 @@ def _groups_in_cache(
         yield group
 
 
-def _warn_on_rank_zero(error: Exception) -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
-        return
+def _warn_that_nothing_compiles(error: Exception) -> None:
     message = str(error).strip().splitlines() or [""]
-    warnings.warn(
+    warn_on_rank_zero(
         "compile=True needs a compiler that torch.compile can use, and none works here: "
-        f"EMA-Nesterov goes on without. {type(error).__name__}: {message[0]}",
-        stacklevel=2,
+        f"EMA-Nesterov goes on without. {type(error).__name__}: {message[0]}"
     )

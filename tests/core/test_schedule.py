@@ -127,6 +127,24 @@ def test_reference_is_the_group_max_lr_when_the_user_sets_it() -> None:
     assert largest_lr({"initial_lr": 0.2, "max_lr": 0.4}, lr=0.1) == 0.4
 
 
+@pytest.mark.parametrize("peak", [0.001, 0.4])
+def test_a_scheduler_made_after_attaching_tells_its_peak(peak: float) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    progress = Progress(optimizer)
+    progress.register()
+    scheduler = lr_scheduler.OneCycleLR(
+        optimizer, peak, total_steps=4, pct_start=0.5, anneal_strategy="linear"
+    )
+    ratios = []
+    for t in range(4):
+        ratios.append(progress.lr_ratio(0))
+        optimizer.step()
+        progress.step_idx = t + 1
+        if t < 3:
+            scheduler.step()
+    assert ratios == pytest.approx([0.04, 1, 0.500002, 4e-6], rel=1e-4)
+
+
 def test_progress_is_saved_with_the_optimizer_and_not_in_its_groups() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
     keys = set(optimizer.param_groups[0])

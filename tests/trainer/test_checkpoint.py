@@ -240,6 +240,16 @@ def test_run_that_is_made_longer_continues_with_the_direction_of_its_rest(tmp_pa
     assert relative_error(untreated[-1], expected[-1]) > 1e-4
 
 
+def test_another_decay_from_a_checkpoint_on_is_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "ended.ckpt"
+    fit(adamw, [scheduled_callback()]).save_checkpoint(path)
+    other = ema_nesterov(ema_decay=0.75, warmup=2, rest=2, total_steps=18)
+    with pytest.warns(
+        UserWarning, match=r"had ema_decay=0.9 so far and has 0.75 .* off for the next 40 steps"
+    ):
+        fit(adamw, [other], num_epochs=6, ckpt_path=path)
+
+
 class Weighs(Callback):
     """Adds up the memory of all tensors after a step, each storage once. Unit: bytes."""
 
