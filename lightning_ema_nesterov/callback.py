@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -136,6 +138,18 @@ class EMANesterov(LookaheadCallback):
         super().setup(trainer, pl_module, stage)
         if self._evaluation is not None:
             self._evaluation.forget(also_trained=stage == "fit")
+            if stage != "fit":
+                self.bracket_save_checkpoint(trainer)
+
+    @override
+    @contextmanager
+    def at_iterate(self) -> Iterator[None]:
+        """Hold the parameters at the iterate inside a ``with`` block, also in an evaluation."""
+        with ExitStack() as stack:
+            if self._evaluation is not None:
+                stack.enter_context(self._evaluation.at_iterate())
+            stack.enter_context(super().at_iterate())
+            yield
 
     @override
     def on_before_optimizer_step(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,16 @@ class Evaluation:
         for lookahead in (*training, *(trained for trained, _ in self._trained)):
             lookahead.leave_average()
 
+    @contextmanager
+    def at_iterate(self) -> Iterator[None]:
+        """Hold the parameters at the iterate inside a ``with`` block, outside of training."""
+        with ExitStack() as stack:
+            for lookahead, _ in self._trained:
+                stack.enter_context(lookahead.at_iterate())
+            if self._at_saved is not None:
+                stack.enter_context(self._at_saved.at_iterate())
+            yield
+
     def _trained_before(self, module: nn.Module) -> list[Lookahead]:
         for lookahead, _ in self._trained:
             lookahead.sharding.reshard()  # a module's parameters are then those of its optimizer
@@ -161,6 +172,19 @@ class AtSavedAverage:
         self._reshard()
         for p, kept in self._kept:
             p.copy_(kept)
+
+    @contextmanager
+    def at_iterate(self) -> Iterator[None]:
+        """Hold the parameters at the iterate inside a ``with`` block."""
+        self._reshard()
+        averages = [p.clone() for p, _ in self._kept]
+        self.leave()
+        try:
+            yield
+        finally:
+            self._reshard()
+            for (p, _), average in zip(self._kept, averages, strict=True):
+                p.copy_(average)
 
     def _reshard(self) -> None:
         # FSDP2 keeps the root gathered after a forward pass: the next would run where it was.

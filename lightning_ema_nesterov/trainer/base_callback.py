@@ -129,7 +129,7 @@ class LookaheadCallback(Callback, ABC):
                 self._detach.callback(handle.remove)
         self._detach.callback(self._lookaheads.clear)
         self._bracket_training_step(trainer)
-        self._bracket_save_checkpoint(trainer)
+        self.bracket_save_checkpoint(trainer)
         self._bracket_load_checkpoint(trainer)
         # A sharded checkpoint that is written over another would mix the directions and weights of
         # two steps where a process dies in between, and would load without an error.
@@ -222,17 +222,24 @@ class LookaheadCallback(Callback, ABC):
         undo = replace_method(trainer.strategy, "training_step", extrapolate_then_training_step)
         self._detach.callback(undo)
 
-    def _bracket_save_checkpoint(self, trainer: Trainer) -> None:
+    def bracket_save_checkpoint(self, trainer: Trainer) -> None:
+        """Have every checkpoint of the Trainer be of the iterate, until :meth:`teardown`."""
         save_checkpoint = trainer.save_checkpoint
 
         def save_checkpoint_at_iterate(*args: Any, **kwargs: Any) -> None:
-            with ExitStack() as stack:
-                for lookahead in self._lookaheads:
-                    stack.enter_context(lookahead.at_iterate())
+            with self.at_iterate():
                 save_checkpoint(*args, **kwargs)
 
         undo = replace_method(trainer, "save_checkpoint", save_checkpoint_at_iterate)
         self._detach.callback(undo)
+
+    @contextmanager
+    def at_iterate(self) -> Iterator[None]:
+        """Hold the parameters at the iterate inside a ``with`` block."""
+        with ExitStack() as stack:
+            for lookahead in self._lookaheads:
+                stack.enter_context(lookahead.at_iterate())
+            yield
 
     def _bracket_load_checkpoint(self, trainer: Trainer) -> None:
         load_checkpoint = trainer.strategy.load_checkpoint

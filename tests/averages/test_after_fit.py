@@ -21,6 +21,7 @@ class Evaluated(Toy):
     """Notes the parameters that each kind of evaluation sees."""
 
     batch_size = 2
+    saves_to: Path | None = None
 
     def __init__(self) -> None:
         super().__init__(adamw)
@@ -32,6 +33,8 @@ class Evaluated(Toy):
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("test_loss", self(batch))
+        if self.saves_to is not None:
+            self.trainer.save_checkpoint(self.saves_to)
         self.seen["test"] = snapshot(self)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -99,11 +102,26 @@ def test_the_checkpoint_counts_and_not_what_was_trained(tmp_path: Path) -> None:
     assert trainer.global_step == 12
 
 
-@pytest.mark.parametrize("is_finder_first", [True, False])
 @pytest.mark.parametrize("is_given", [True, False])
-def test_the_batch_size_finder_keeps_the_average(
-    tmp_path: Path, is_finder_first: bool, is_given: bool
+def test_a_checkpoint_in_the_middle_of_a_test_holds_the_iterate(
+    tmp_path: Path, is_given: bool
 ) -> None:
+    module, trainer, average = fitted(tmp_path)
+    x = snapshot(module)
+    options: dict[str, Any] = {}
+    if is_given:
+        module, trainer = Evaluated(), make_trainer(ema_nesterov(evaluate_at="average"))
+        options = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": False}
+    module.saves_to = tmp_path / "test.ckpt"
+    trainer.test(module, loader(2), verbose=False, **options)
+    saved = torch.load(module.saves_to, weights_only=False)
+    assert equal([*saved["state_dict"].values()], x)
+    torch.testing.assert_close(module.seen["test"], average, rtol=1e-6, atol=1e-7)
+    assert equal(snapshot(module), x)
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_the_batch_size_finder_keeps_the_average(tmp_path: Path, is_given: bool) -> None:
     module, trainer, average = fitted(tmp_path)
     x = snapshot(module)
     callback = callbacks_of(trainer)[0]
@@ -113,7 +131,7 @@ def test_the_batch_size_finder_keeps_the_average(
         options = {"ckpt_path": tmp_path / "last.ckpt", "weights_only": False}
     finder = BatchSizeFinder(max_trials=2, steps_per_trial=1)
     make_trainer(
-        [finder, callback] if is_finder_first else [callback, finder],
+        [callback, finder],
         default_root_dir=tmp_path,
         enable_checkpointing=True,
     ).validate(module, verbose=False, **options)
