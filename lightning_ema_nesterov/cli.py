@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from lightning_ema_nesterov.averages.command import average, run_average
 from lightning_ema_nesterov.version import __version__
 
@@ -286,7 +288,7 @@ def main() -> None:
                 run_average(arguments[1:])
             else:
                 _run(arguments)
-        except (FileExistsError, FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError, MisconfigurationException) as error:
             sys.exit(f"ema-nesterov: {' '.join(str(error).split())}")
 
 

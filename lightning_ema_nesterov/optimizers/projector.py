@@ -109,6 +109,8 @@ class Projector:
         return int(self.is_right(shape))
 
     def _singular_vectors(self, gradient: Tensor) -> Tensor:
+        if not gradient.is_meta and not gradient.isfinite().all():
+            return gradient.new_full(self._shape(gradient), math.nan)  # LAPACK would raise
         left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
         kept = right[: self.rank] if self.is_right(gradient.shape) else left[:, : self.rank]
         # A copy: a view would keep all singular vectors alive, and in a checkpoint.
@@ -116,13 +118,16 @@ class Projector:
         return copy
 
     def _random(self, gradient: Tensor, seed: int) -> Tensor:
-        rows, columns = gradient.shape
-        shape = (self.rank, columns) if self.is_right(gradient.shape) else (rows, self.rank)
+        shape = self._shape(gradient)
         if gradient.is_meta:  # which has no generator: only shapes are wanted
             return gradient.new_empty(shape)
         generator = torch.Generator(gradient.device).manual_seed(seed)
         drawn = torch.randn(shape, generator=generator, device=gradient.device)
         return (drawn / math.sqrt(self.rank)).to(gradient.dtype)
+
+    def _shape(self, gradient: Tensor) -> tuple[int, int]:
+        rows, columns = gradient.shape
+        return (self.rank, columns) if self.is_right(gradient.shape) else (rows, self.rank)
 
 
 def _next_seed(seed: int) -> Tensor:

@@ -158,6 +158,12 @@ def _rms(
         )
     add_over_shards_(sums, params, [[dim] for dim in dims])
     return [
-        total.div_(p.shape[dim]).sqrt_().clamp_(min=_FLOOR).to(direction.dtype)
+        total.div_(p.shape[dim]).sqrt_().clamp_(min=_floor_in(direction.dtype)).to(direction.dtype)
         for total, p, dim, direction in zip(sums, params, dims, directions, strict=True)
     ]
+
+
+def _floor_in(dtype: torch.dtype) -> float:
+    """Return the floor, or the least number above 0 where the dtype has none as small."""
+    info = torch.finfo(dtype)
+    return max(_FLOOR, info.tiny * info.eps)

@@ -63,6 +63,8 @@ class SlowWeights(LookaheadRule):
     @torch.no_grad()
     def _take_outer_step(self) -> None:
         for p in self.store.known_params():
+            if not p.requires_grad:
+                continue  # frozen since
             fast, *state = local([p, *self.store.tensors([p])])
             gradient = state[0] - fast  # as an optimizer of the slow weights sees it
             if self.outer_momentum:

@@ -114,6 +114,22 @@ def test_folder_of_another_study_is_refused_and_left_alone(
     assert contents(out) == before
 
 
+def test_seed_that_chose_must_not_confirm_later(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_study(load_study(write(tmp_path, **{**SMALL, "confirming_seeds": [2]})), out)
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"the seeds \[2\] do one in this folder and the other"):
+        run_study(load_study(write(tmp_path, **{**SMALL, "seeds": [2]})), out)
+    assert contents(out) == before
+
+
+def test_config_that_was_cut_off_is_named(out: Path, tmp_path: Path) -> None:
+    path = out / "study.json"
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(ValueError, match=r"study\.json is not JSON: "):
+        run_study(load_study(write(tmp_path, **SMALL)), out)
+
+
 def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/precious.txt").write_text("mine")

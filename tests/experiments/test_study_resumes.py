@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lightning_ema_nesterov.experiments.study import train
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.results import read_event_folder
-from lightning_ema_nesterov.experiments.study.spec import Run, Study
+from lightning_ema_nesterov.experiments.study.spec import ClassSpec, Run, Study
+from lightning_ema_nesterov.experiments.study.watch import Watch
 from lightning_ema_nesterov.experiments.tokens import TokenWindows
-from tests.experiments.toys import write, write_text
+from tests.experiments.toys import SGD, Model, write, write_text
 
 RUN = Run("adamw", "ema", 0.01, 0)
 
@@ -61,26 +63,97 @@ class Stops(Callback):
             raise KeyboardInterrupt
 
 
+def begin(study: Study, run: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train the first seven steps of a run."""
+    make = train._make_trainer
+
+    def make_with_stop(*args: object, **kwargs: object) -> Trainer:
+        trainer = make(*args, **kwargs)  # type: ignore[arg-type]  # passed on
+        trainer.callbacks.append(Stops())  # type: ignore[attr-defined]  # set elsewhere
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_make_trainer", make_with_stop)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            train.train_run(study, run, root)
+    checkpoint = root / run.folder / train.CHECKPOINT
+    assert torch.load(checkpoint, weights_only=False)["global_step"] == 6
+
+
+def small_study(folder: Path, momentum: float = 0.9) -> Study:
+    sgd = {**SGD, "init_args": {"momentum": momentum}}
+    changes = {
+        "num_steps": 12,
+        "has_checkpoints": True,
+        "methods": {"snoo": {"class_path": "SNOO"}},
+    }
+    return load_study(write(folder, base_optimizers={"sgd": sgd}, **changes))
+
+
+SMALL_RUN = Run("sgd", "none", 0.1, 0)
+
+
+def test_unfinished_run_of_another_optimizer_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "runs"
+    begin(small_study(tmp_path), SMALL_RUN, root, monkeypatch)
+    other = small_study(tmp_path, momentum=0.0)
+    train.train_run(other, SMALL_RUN, root)
+    train.train_run(other, SMALL_RUN, tmp_path / "fresh")
+    found, expected = (
+        read_event_folder(folder / SMALL_RUN.folder) for folder in (root, tmp_path / "fresh")
+    )
+    assert [(p.step, p.value) for p in found.val_loss] == [
+        (p.step, p.value) for p in expected.val_loss
+    ]
+    assert found.state_per_parameter == expected.state_per_parameter == 0.0
+    names = {path.name.split(".")[0] for path in (root / SMALL_RUN.folder).iterdir()}
+    assert names == {"events", "hparams"}
+
+
+def test_run_that_was_killed_at_its_end_has_its_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    study = small_study(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "write", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_run(study, SMALL_RUN, tmp_path / "killed")
+    for name in ("killed", "whole"):
+        train.train_run(study, SMALL_RUN, tmp_path / name)
+    killed, whole = (
+        read_event_folder(tmp_path / name / SMALL_RUN.folder) for name in ("killed", "whole")
+    )
+    assert not killed.is_diverged
+    assert killed.final == whole.final
+    assert [p.step for p in killed.val_loss] == [3, 6, 9, 12]
+
+
+class Silent(Model):
+    """Logs no ``val_loss``."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        return
+
+
+def test_model_without_val_loss_is_named(tmp_path: Path) -> None:
+    study = small_study(tmp_path)
+    silent = replace(study, model=ClassSpec(f"{__name__}.Silent"))
+    with pytest.raises(ValueError, match="model must log val_loss in validation, and Silent did"):
+        train.train_run(silent, SMALL_RUN, tmp_path)
+
+
 @pytest.mark.slow
 def test_interrupted_run_goes_on_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = token_study(tmp_path)
     train.train_run(study, RUN, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stops = Stops()
-        make = train._make_trainer
-
-        def make_with_stop(*args: object, **kwargs: object) -> Trainer:
-            trainer = make(*args, **kwargs)  # type: ignore[arg-type]  # passed on
-            trainer.callbacks.append(stops)  # type: ignore[attr-defined]  # set elsewhere
-            return trainer
-
-        patch.setattr(train, "_make_trainer", make_with_stop)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            train.train_run(study, RUN, tmp_path / "pieces")
-    checkpoint = tmp_path / "pieces" / RUN.folder / train.CHECKPOINT
-    assert torch.load(checkpoint, weights_only=False)["global_step"] == 6
+    begin(study, RUN, tmp_path / "pieces", monkeypatch)
     train.train_run(study, RUN, tmp_path / "pieces")
-    assert not checkpoint.exists()
+    assert not (tmp_path / "pieces" / RUN.folder / train.CHECKPOINT).exists()
     whole, pieces = (
         read_event_folder(tmp_path / name / RUN.folder) for name in ("whole", "pieces")
     )

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lightning_ema_nesterov.experiments.study.load import load_study
@@ -60,7 +61,16 @@ def test_event_files_alone_hold_what_the_lines_hold(study_dir: Path) -> None:
         assert event.step_seconds == pytest.approx(line.step_seconds, abs=1e-5)
         for found, kept in zip(event.val_loss, line.val_loss, strict=True):
             assert found.step == kept.step
-            assert found.value == pytest.approx(kept.value, abs=1e-5, nan_ok=True)
+            # Digit for digit: both choose the same learning rates, however small the losses.
+            assert np.float32(found.value) == np.float32(kept.value) or math.isnan(found.value)
+
+
+def test_learning_rates_of_many_digits_have_folders_of_their_own() -> None:
+    lrs = [0.002, 0.0023784142, 0.0023784143, 1e-05]
+    folders = [Run("sgd", "none", lr, 0).folder for lr in lrs]
+    assert len(set(folders)) == len(lrs)
+    assert [Run.of_folder(folder).lr for folder in folders] == lrs
+    assert folders[0].parts[2] == "lr-0.002"
 
 
 def test_a_grid_makes_a_method_of_each_combination(tmp_path: Path) -> None:

@@ -104,6 +104,10 @@ def test_what_is_not_yaml_is_shown_its_line(
             {"accelerator": "gpuu"},
             "accelerator and precision must be what this machine has, got 'gpuu'",
         ),
+        (
+            {"lr_warmup": 0.2, "lr_decay": 0.9},
+            "lr_warmup and lr_decay must fit into the run, got 0.2 and 0.9 for none on sgd: ",
+        ),
         ({"quick": 5}, "quick must be a mapping of names, got 5"),
         (
             {"accelerator": "tpu"},
@@ -155,6 +159,11 @@ def test_wrong_base_optimizers_are_named(base: Any, message: str, tmp_path: Path
         ({"class_path": "GPA", "bases": "sgd"}, "methods.x.bases must be a list of names, got 'sg"),
         ({"class_path": "GPA", "grid": {"mu_x": 1}}, "methods.x.grid must be lists of values by n"),
         ({"klass": 1}, "methods.x has the unknown key 'klass'; known are class_path, init_args"),
+        ({"class_path": "GPA", "grid": {"mu_x": []}}, "methods.x.grid.mu_x must have values"),
+        (
+            {"class_path": "GPA", "grid": {"mu_x": ["a/b"]}},
+            r"methods must have names that can be those of folders, got 'x\[mu_x=a/b\]'",
+        ),
         (None, "methods.x must have a class_path"),
     ],
 )
@@ -164,6 +173,16 @@ def test_wrong_methods_are_named(method: Any, message: str, tmp_path: Path) -> N
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="methods must be a mapping of names, got"):
         load_study(write(tmp_path, methods=[]))
+
+
+def test_names_are_those_of_folders(tmp_path: Path) -> None:
+    for name in ("adam/w", 1, False, ".."):
+        bases: Any = {name: SGD}
+        match = "^base_optimizers must have names that can be those of folders, got"
+        with pytest.raises(ValueError, match=match):
+            load_study(write(tmp_path, base_optimizers=bases))
+    with pytest.raises(ValueError, match=r"methods\.none is the baseline, and must have no class"):
+        load_study(write(tmp_path, methods={"none": {"class_path": "GPA"}}))
 
 
 @pytest.mark.parametrize(
@@ -238,5 +257,7 @@ def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
         load_study(path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_study(tmp_path / "none.yaml")
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        load_study(tmp_path)
     with pytest.raises(FileNotFoundError, match="event files of finished runs"):
         write_report(tmp_path)

@@ -91,3 +91,14 @@ def test_bfloat16_is_decomposed_in_float32() -> None:
     exact = make("svd", 2).projection({}, g.float(), step_idx=0, place=1)
     assert projection.dtype == torch.bfloat16
     assert torch.equal(projection, exact.bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9)])
+def test_gradient_that_is_not_finite_gives_a_projection_that_is_not(shape: tuple[int, int]) -> None:
+    """LAPACK would raise; a run that diverges ends as one."""
+    g, projector = gradient(*shape), make("svd", 2)
+    expected = projector.projection({}, g, step_idx=0, place=1).shape
+    g[0, 0] = torch.inf
+    found = projector.projection({}, g, step_idx=0, place=1)
+    assert found.shape == expected
+    assert found.isnan().all()

@@ -148,3 +148,18 @@ def test_error_of_a_group_names_it() -> None:
     groups[2]["momentum"] = 1.5
     with pytest.raises(ValueError, match=r"momentum of parameter group 2 \(role 'head'\) must be"):
         SCALE(groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_row_without_gradient_stays_in_every_dtype(dtype: torch.dtype) -> None:
+    """Vectors are Adam's, whose epsilon is 0 in float16, in torch's Adam too."""
+    model = TinyLM().to(dtype)
+    optimizer = SCALE(groups_by_role(model), lr=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+    for p in matrices.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert len(matrices) > 2
+    for name, p in matrices.items():
+        assert torch.equal(p, before[name]), name

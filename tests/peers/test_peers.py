@@ -303,3 +303,22 @@ def test_wrong_arguments_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_peer(**kwargs)
+
+
+@pytest.mark.parametrize("callback", [SNOO(2, 0.7, 0.5), Lookahead(2, 0.5)])
+def test_parameter_that_is_frozen_later_stays(callback: Callback) -> None:
+    class Freezes(Callback):
+        weight: Tensor | None = None
+
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, *args: object
+        ) -> None:
+            if trainer.global_step == 5:
+                hidden: Any = pl_module.hidden
+                hidden.requires_grad_(False)
+                self.weight = hidden.weight.detach().clone()
+
+    module, freezes = Toy(momentum), Freezes()
+    make_trainer([callback, freezes], max_epochs=1).fit(module, loader(12))
+    assert freezes.weight is not None
+    assert torch.equal(module.hidden.weight, freezes.weight)

@@ -45,12 +45,12 @@ class FakeQuantizer(nn.Module):
     r"""Round each row to a grid of :math:`2^b` values; the gradient is that of the identity.
 
     The last dimension is a row: a token's activations, or the weights of an output channel. Its
-    grid is asymmetric, spans from its least to its largest number, and contains 0 exactly:
+    grid is asymmetric, spans all of its numbers and 0, and contains 0 exactly:
 
-    .. math:: s = (\max - \min) / (2^b - 1), \quad
+    .. math:: s = (\max(x, 0) - \min(x, 0)) / (2^b - 1), \quad
         Q(x) = s\, (\operatorname{clamp}(\lfloor x / s \rceil + z, 0, 2^b - 1) - z)
 
-    with the zero point :math:`z = \lfloor -\min / s \rceil`. Computed in float32 by torchao.
+    with the zero point :math:`z = \lfloor -\min(x, 0) / s \rceil`. Computed in float32 by torchao.
 
     Args:
         bits: 2 to 8.

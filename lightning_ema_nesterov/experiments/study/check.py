@@ -13,8 +13,9 @@ from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.core.checks import check_step_size
 from lightning_ema_nesterov.experiments.advice import without_advice
 from lightning_ema_nesterov.experiments.study.classes import check_arguments, find_class
-from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, MethodSpec, Study
+from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, MethodSpec, Run, Study
 from lightning_ema_nesterov.optimizers.from_config import import_optimizer
+from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
 from lightning_ema_nesterov.optimizers.roles import ROLES
 
 __all__ = ["check_study"]
@@ -42,7 +43,20 @@ def check_study(study: Study) -> None:
     callbacks = [*study.callbacks, *(spec for base in bases for spec in base.callbacks)]
     for key, spec in [*specs, *(("callbacks", spec) for spec in callbacks)]:
         check_arguments(find_class(spec.class_path, key), spec.init_args, key)
+    for run in study.runs():
+        _check_schedule(study, run)
     _check_accelerator(study.accelerator, study.precision)
+
+
+def _check_schedule(study: Study, run: Run) -> None:
+    warmup, decay = study.lr_warmup, study.lr_decay_of(run)
+    try:
+        WarmupStableDecay.of_fractions(study.num_steps, warmup=warmup, decay=decay)
+    except ValueError as error:
+        raise ValueError(
+            f"lr_warmup and lr_decay must fit into the run, got {warmup:g} and {decay:g} for "
+            f"{run.method} on {run.base}: {error}"
+        ) from error
 
 
 def _check_values(study: Study) -> None:

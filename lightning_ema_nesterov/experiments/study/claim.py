@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_ema_nesterov.experiments.study.spec import Run, Study
 
-__all__ = ["CONFIG", "claim", "read_config"]
+__all__ = ["CONFIG", "claim", "deciding", "read_config"]
 
 CONFIG = "study.json"
 
@@ -42,7 +42,8 @@ def claim(study: Study, out_dir: Path, finished: Iterable[Run] = ()) -> None:
 
     Raises:
         ValueError: If the folder holds something else, or runs of a study with another model,
-            data, steps or schedule, or with another definition of the same method or optimizer.
+            data, steps or schedule, with another definition of the same method or optimizer, or
+            with seeds that choose in the one and confirm in the other.
     """
     config = json.loads(json.dumps(study.as_dict()))
     known = read_config(out_dir)
@@ -59,7 +60,9 @@ def claim(study: Study, out_dir: Path, finished: Iterable[Run] = ()) -> None:
             )
         config = _joined(known, config)
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / CONFIG).write_text(json.dumps(config, indent=1))
+    unfinished = out_dir / f"{CONFIG}.tmp"
+    unfinished.write_text(json.dumps(config, indent=1))
+    unfinished.replace(out_dir / CONFIG)
 
 
 def read_config(out_dir: Path) -> dict[str, Any] | None:
@@ -67,8 +70,19 @@ def read_config(out_dir: Path) -> dict[str, Any] | None:
     path = out_dir / CONFIG
     if not path.exists():
         return None
-    config: dict[str, Any] = json.loads(path.read_text())
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
     return config
+
+
+def deciding(study: Study, run: Run) -> str:
+    """Return all that decides the result of a run but its learning rate and seed, as text."""
+    config = json.loads(json.dumps(study.as_dict()))
+    common = {key: value for key, value in config.items() if key not in _PARTS}
+    own = _definitions(config, run.base, run.method)
+    return json.dumps({**common, **own}, sort_keys=True)
 
 
 def _differences(
@@ -108,12 +122,20 @@ def _joined(known: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, An
             "lrs": list(dict.fromkeys([*before["lrs"], *now["lrs"]])),
             "instead": {**before["instead"], **now["instead"]},
         }
+    seeds, confirming = (
+        list(dict.fromkeys([*known.get(key, []), *config[key]]))
+        for key in ("seeds", "confirming_seeds")
+    )
+    both = sorted(set(seeds) & set(confirming))
+    if both:
+        raise ValueError(
+            f"Seeds that choose learning rates must not confirm them, and the seeds {both} do one "
+            "in this folder and the other in the YAML: give another out_dir."
+        )
     return {
         **config,
         "base_optimizers": bases,
         "methods": {**known["methods"], **config["methods"]},
-        **{
-            key: list(dict.fromkeys([*known.get(key, []), *config[key]]))
-            for key in ("seeds", "confirming_seeds")
-        },
+        "seeds": seeds,
+        "confirming_seeds": confirming,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,9 +50,10 @@ def figure_at(path: Path, *, height: float) -> Iterator[Figure]:
     with mpl.rc_context({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}):
         figure = Figure(figsize=(9.0, height), layout="constrained")
         yield figure
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=110)
-    Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)
+    figure.savefig(path, dpi=110)
+    with Image.open(path) as drawn:
+        small = drawn.convert("RGB").quantize(256)
+    small.save(path, optimize=True)
 
 
 def styles_of(methods: Sequence[str]) -> dict[str, Style]:

@@ -41,7 +41,8 @@ def load_study(path: Path, *, is_quick: bool = False) -> Study:
             value is of another type or out of its range; the message is one line.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"study must be a YAML file, and {path} does not exist.")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"study must be a YAML file, and {path} {what}.")
     raw = _mapping(_read_yaml(path), "study")
     if is_quick:
         if not raw.get("quick"):
@@ -166,6 +167,7 @@ def _make_callbacks(raw: Mapping[str, Any], key: str) -> list[ClassSpec]:
 def _make_bases(raw: Any, key: str) -> dict[str, BaseOptimizer]:
     found = {}
     for name, spec in _mapping(raw, key).items():
+        _check_is_folder_name(name, key)
         where = f"{key}.{name}"
         has = spec if isinstance(spec, Mapping) else {}
         others = _make_bases(has["instead"], f"{where}.instead") if has.get("instead") else {}
@@ -177,10 +179,21 @@ def _make_bases(raw: Any, key: str) -> dict[str, BaseOptimizer]:
 def _expand_methods(raw: Mapping[str, Any]) -> Iterator[tuple[str, MethodSpec]]:
     for name, spec in {BASELINE: None, **raw}.items():
         method = _make(MethodSpec, {} if spec is None else spec, f"methods.{name}")
-        if (method.class_path is None) != (name == BASELINE):
-            raise ValueError(f"methods.{name} must have a class_path, and {BASELINE} must not.")
+        if name == BASELINE and method.class_path is not None:
+            raise ValueError(f"methods.{name} is the baseline, and must have no class_path.")
+        if name != BASELINE and method.class_path is None:
+            raise ValueError(f"methods.{name} must have a class_path.")
+        for key, choices in method.grid.items():
+            if not choices:
+                raise ValueError(f"methods.{name}.grid.{key} must have values, and has none.")
         for values in itertools.product(*method.grid.values()):
             chosen = dict(zip(method.grid, values, strict=True))
             suffix = ",".join(f"{key}={value}" for key, value in chosen.items())
+            _check_is_folder_name(f"{name}[{suffix}]" if suffix else name, "methods")
             made = dataclasses.replace(method, init_args={**method.init_args, **chosen}, grid={})
             yield (f"{name}[{suffix}]" if suffix else name), made
+
+
+def _check_is_folder_name(name: object, key: str) -> None:
+    if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
+        raise ValueError(f"{key} must have names that can be those of folders, got {name!r}.")

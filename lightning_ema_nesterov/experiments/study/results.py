@@ -188,7 +188,8 @@ def write_line(path: Path, result: Result) -> None:
 
 
 def _as_lists(points: Iterable[Point]) -> list[list[float]]:
-    return [[p.step, round(p.seconds, 1), round(p.value, 5)] for p in points]
+    # Every digit of float32, in which event files are: both choose the same learning rates.
+    return [[p.step, round(p.seconds, 1), float(f"{p.value:.9g}")] for p in points]
 
 
 def read_lines(path: Path) -> list[Result]:

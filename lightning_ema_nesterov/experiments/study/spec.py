@@ -37,7 +37,9 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where in the study its event file is."""
-        return Path(self.base, self.method, f"lr-{self.lr:g}", f"seed-{self.seed}")
+        short = f"{self.lr:g}"
+        lr = short if float(short) == self.lr else repr(self.lr)
+        return Path(self.base, self.method, f"lr-{lr}", f"seed-{self.seed}")
 
     @classmethod
     def of_folder(cls, folder: Path) -> Run:

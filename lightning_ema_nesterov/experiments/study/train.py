@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.diagnostics import LossAtAverage
 from lightning_ema_nesterov.experiments.advice import without_advice
+from lightning_ema_nesterov.experiments.study.claim import deciding
 from lightning_ema_nesterov.experiments.study.classes import find_class
 from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, ClassSpec, Run, Study
 from lightning_ema_nesterov.experiments.study.watch import KeepsLast, Watch
@@ -32,6 +33,9 @@ __all__ = ["CHECKPOINT", "train_run"]
 CHECKPOINT = "unfinished.ckpt"
 """File in the folder of a run that is not finished."""
 
+_DEFINITION = "unfinished.json"
+"""File beside it, with what decides the result of that run."""
+
 
 def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -> None:
     """Train one run of a study and write its event file.
@@ -42,16 +46,25 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
         study: The study.
         run: One of its runs.
         root: Folder below which the run's folder is made. What is there of it is replaced, unless
-            it holds a checkpoint to go on from.
+            it holds a checkpoint of the same run to go on from.
         is_watched: Whether somebody waits for this run: it shows its progress and keeps
             checkpoints, at each validation, after an exception and at the end.
     """
     torch.set_num_threads(study.num_threads)
     folder = root / run.folder
     checkpoint = folder / CHECKPOINT
-    is_resumed = study.has_checkpoints and checkpoint.exists()
+    definition = folder / _DEFINITION
+    is_resumed = (
+        study.has_checkpoints
+        and checkpoint.exists()
+        and definition.exists()
+        and definition.read_text() == deciding(study, run)
+    )
     if not is_resumed:
         shutil.rmtree(folder, ignore_errors=True)
+    if study.has_checkpoints:
+        folder.mkdir(parents=True, exist_ok=True)
+        definition.write_text(deciding(study, run))
     seed_everything(run.seed, verbose=False)
     model = _build(study.model, "model")
     _set_optimizer(model, study, run)
@@ -75,6 +88,7 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
             trainer.save_checkpoint(folder / "final.ckpt")
     watch.write(trainer, _hyperparameters(study, run))
     checkpoint.unlink(missing_ok=True)
+    definition.unlink(missing_ok=True)
 
 
 def _build(spec: ClassSpec, key: str) -> Any:
@@ -117,6 +131,11 @@ def _set_optimizer(model: LightningModule, study: Study, run: Run) -> None:
 def _make_optimizer(spec: BaseOptimizer, lr: float, model: nn.Module) -> Optimizer:
     named = {"class_path": spec.class_path, "init_args": spec.init_args}
     optimizer = build_optimizer(named, model.parameters(), argument="base_optimizers")
+    if not optimizer.defaults["lr"] > 0:
+        raise ValueError(
+            f"The lr in init_args of {spec.class_path} must be above 0: it says how the learning "
+            "rates of its groups stand to each other."
+        )
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr"] / optimizer.defaults["lr"]
     return optimizer

@@ -47,6 +47,7 @@ class Watch(Callback):
         self.num_batches = num_batches
         self.seconds: list[float] = []
         self.is_diverged = False
+        self.val_loss: float | None = None
         self.state_elements = 0
         self.state_bytes = 0
         self._started = 0.0
@@ -76,10 +77,16 @@ class Watch(Callback):
         self.state_bytes = max(self.state_bytes, sum(t.nbytes for t in kept))
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if "val_loss" in trainer.callback_metrics:
+            self.val_loss = float(trainer.callback_metrics["val_loss"])
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen, for a run that goes on from a checkpoint."""
         return {
             "seconds": self.seconds,
+            "val_loss": self.val_loss,
             "state_elements": self.state_elements,
             "state_bytes": self.state_bytes,
         }
@@ -87,6 +94,7 @@ class Watch(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seconds = state_dict["seconds"]
+        self.val_loss = state_dict["val_loss"]
         self.state_elements = state_dict["state_elements"]
         self.state_bytes = state_dict["state_bytes"]
 
@@ -96,8 +104,14 @@ class Watch(Callback):
         Args:
             trainer: That of the run.
             hyperparameters: What TensorBoard shows in its table of runs.
+
+        Raises:
+            ValueError: If the model logged no ``val_loss``.
         """
-        val_loss = float(trainer.callback_metrics.get("val_loss", math.nan))
+        if self.val_loss is None and not self.is_diverged:
+            name = type(trainer.lightning_module).__name__
+            raise ValueError(f"model must log val_loss in validation, and {name} did not.")
+        val_loss = math.nan if self.val_loss is None else self.val_loss
         elements = sum(p.numel() for p in trainer.lightning_module.parameters())
         [logger] = trainer.loggers
         logger.log_hyperparams(hyperparameters, {"hp/val_loss": val_loss})
