@@ -62,7 +62,7 @@ class EMANesterovHandle:
             ...     print(round(x_0 - model.weight.item(), 6))
             0.05
         """
-        return self._lookahead.at_average(share)
+        return self._module_hooks.at_average(share)
 
     def extrapolate(self) -> None:
         """Move to the lookahead point now, as a training forward pass does by itself.

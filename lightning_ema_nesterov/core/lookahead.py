@@ -148,7 +148,7 @@ class Lookahead:
             )
         self.resume()
         if self._is_stepping() and not self._hooks.is_in_closure:
-            self.retract()  # the last step of the base optimizer raised, and training continues
+            self._hooks.settle()  # the last step raised, and training continues
         if self._window is not None:
             return
         self._window = Window(self.rule, self.sharding, step_idx=self.step_idx)
@@ -258,6 +258,8 @@ class Lookahead:
         self.retract()  # whatever is loaded, parameters that nobody loads stay at the iterate
 
     def _begin_step(self) -> None:
+        if not self._handles:
+            return  # detached in the closure
         self.resume()
         self.was_extrapolated = self._window is not None
         is_dry_run = self._window is None and only_creates_state(self.base_optimizer)

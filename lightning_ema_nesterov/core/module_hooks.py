@@ -9,11 +9,11 @@ one of the training forward pass.
 from __future__ import annotations
 
 import inspect
-import weakref
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ema_nesterov.core.frames import num_running
 from lightning_ema_nesterov.core.lookahead import Lookahead
+from lightning_ema_nesterov.core.module_hook import EagerModuleHook, ModuleHook
 
 __all__ = ["ModuleHooks"]
 
@@ -30,6 +32,7 @@ _WHY_NOT_COMPILED = (
     "torch.compile returns"
 )
 _NO_BACKWARD = -1  # the id of the backward pass that is running, outside of one
+_CALL, _STATE = nn.Module._call_impl.__code__, nn.Module.state_dict.__code__
 
 
 def _not_compiled(method: Any) -> Any:
@@ -37,6 +40,14 @@ def _not_compiled(method: Any) -> Any:
     kwargs: dict[str, Any] = {"reason": _WHY_NOT_COMPILED} if "reason" in known else {}
     disable: Any = torch.compiler.disable
     return disable(**kwargs)(method)
+
+
+class _Look(NamedTuple):
+    """A forward pass that is running: of what, how to come back from where it moved, and where."""
+
+    module: nn.Module
+    moved: ExitStack | None
+    thread: int
 
 
 class ModuleHooks:
@@ -56,8 +67,7 @@ class ModuleHooks:
         self.is_held = False
         self._lookahead = lookahead
         self._average_share = average_share
-        # Of the forward passes that are running: the module, and how to come back from its look.
-        self._looks: list[tuple[nn.Module, ExitStack | None]] = []
+        self._looks: list[_Look] = []
         self._is_at_iterate = False
         # Of the running calls of state_dict: whether a window was open, and whether tensors move.
         self._states: list[tuple[bool, bool]] = []
@@ -76,7 +86,7 @@ class ModuleHooks:
         outer = set(called)
         for m in outer.union(*map(_wrapped_by, outer)):
             # In the graph that torch.compile makes of a wrapper, the wrapper's hooks have come.
-            kind = _Hook if m in outer else _EagerHook
+            kind = ModuleHook if m in outer else EagerModuleHook
             # FSDP2 gathers parameters in a pre-hook of its own, and this one has to come first.
             handles += [
                 m.register_forward_pre_hook(kind(m, self, "_before_forward"), prepend=True),
@@ -96,14 +106,20 @@ class ModuleHooks:
 
     def _register(self, module: nn.Module, kind: str, action: str) -> RemovableHandle:
         register: Callable[..., RemovableHandle] = getattr(module, f"register_{kind}_hook")
-        return register(_Hook(module, self, action))
+        return register(ModuleHook(module, self, action))
 
     def check_copy(self) -> None:
-        """Raise where a copy of the module would be one of the lookahead point.
+        """Raise where a copy of the module would not be one of the iterate.
 
         Raises:
-            RuntimeError: Between a training forward pass and the optimizer's step.
+            RuntimeError: Between a training forward pass and the optimizer's step, and after an
+                evaluation that was interrupted.
         """
+        if self._leave_interrupted_looks():
+            raise RuntimeError(
+                "The copy of the module holds the average: the evaluation before it was "
+                "interrupted. The parameters hold the iterate again; copy once more."
+            )
         if self._lookahead.is_open:
             raise RuntimeError(
                 "A module that looks ahead must not be copied or pickled between a training "
@@ -123,8 +139,16 @@ class ModuleHooks:
         self._lookahead.extrapolate()
 
     @contextmanager
+    def at_average(self, share: float) -> Iterator[None]:
+        """Hold the parameters at the average inside a ``with`` block."""
+        self._leave_interrupted_looks()
+        with self._lookahead.at_average(share):
+            yield
+
+    @contextmanager
     def at_iterate(self) -> Iterator[None]:
         """Hold the parameters at the iterate inside a ``with`` block, also in evaluations."""
+        self._leave_interrupted_looks()
         was_at_iterate, self._is_at_iterate = self._is_at_iterate, True
         try:
             with self._lookahead.at_iterate():
@@ -144,7 +168,7 @@ class ModuleHooks:
         self._leave_interrupted_looks(module)
         if torch.is_grad_enabled() and (module.training or self.is_held):
             self._check_not_at_iterate()
-            self._looks.append((module, None))
+            self._looks.append(_Look(module, None, threading.get_ident()))
             if not self._lookahead.is_open and torch._C._current_graph_task_id() != _NO_BACKWARD:
                 raise RuntimeError(
                     "The first training forward pass of a step must not run inside of a backward "
@@ -154,7 +178,7 @@ class ModuleHooks:
                 )
             self._lookahead.extrapolate()
         else:
-            self._looks.append((module, self._look()))
+            self._looks.append(_Look(module, self._look(), threading.get_ident()))
 
     def _look(self) -> ExitStack | None:
         lookahead, share = self._lookahead, self._average_share
@@ -166,21 +190,31 @@ class ModuleHooks:
         look.enter_context(lookahead.at_iterate() if share is None else lookahead.at_average(share))
         return look
 
-    def _leave_interrupted_looks(self, *called: nn.Module) -> None:
-        """Come back from looks in forward passes that Ctrl-C ended: torch calls no hook then."""
-        modules = {module for module, _ in self._looks}
-        if all(look is None for _, look in self._looks) or (
-            _num_calls(modules.union(called)) > len(called)
+    def _leave_interrupted_looks(self, *called: nn.Module) -> bool:
+        """Come back from looks in forward passes that Ctrl-C ended: torch calls no hook then.
+
+        Args:
+            called: The module whose call has just begun.
+
+        Returns:
+            Whether there were any.
+        """
+        thread = threading.get_ident()
+        looks = [look for look in self._looks if look.thread == thread]
+        modules = {*called, *(look.module for look in looks)}
+        if all(look.moved is None for look in looks) or (
+            num_running(_CALL, lambda its: its["self"] in modules) > len(called)
         ):
-            return
-        while self._looks:
-            _, look = self._looks.pop()
-            if look is not None:
-                look.close()
+            return False
+        for look in reversed(looks):
+            self._looks.remove(look)
+            if look.moved is not None:
+                look.moved.close()
+        return True
 
     @_not_compiled
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        _, look = self._looks.pop() if self._looks else (module, None)
+        look = self._looks.pop().moved if self._looks else None
         if look is not None:
             look.close()
         elif not self._lookahead.is_open:
@@ -200,7 +234,7 @@ class ModuleHooks:
             )
 
     def _before_state(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if not prefix:
+        if num_running(_STATE, lambda its: True) == 1:
             self._leave_interrupted_looks()
             self._states.clear()  # of a call that raised
         lookahead, was_open = self._lookahead, self._lookahead.is_open
@@ -211,7 +245,8 @@ class ModuleHooks:
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
     ) -> None:
         was_open, moves_on = self._states.pop() if self._states else (False, False)
-        if moves_on:
+        # Of the outermost call, which has all: each part is handed what came before it too.
+        if moves_on and not self._states:
             for key, value in state_dict.items():
                 state_dict[key] = tree_map(_copy, value)  # not views
         if was_open:
@@ -222,37 +257,6 @@ class ModuleHooks:
         self._lookahead.retract()
 
 
-class _Hook:
-    """Calls an action for the module that it was made for; copies of the module have none.
-
-    Args:
-        module: The module.
-        owner: Whose action it is.
-        action: Name of the method that is called with the module and what the hook is called with.
-    """
-
-    def __init__(self, module: nn.Module, owner: ModuleHooks, action: str) -> None:
-        self._module = weakref.ref(module)
-        self._owner = owner
-        self._action: Callable[..., None] = getattr(owner, action)
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        if module is self._module():
-            self._action(module, *args)
-
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        self._owner.check_copy()
-        return _do_nothing_hook, ()  # for copy.deepcopy and pickle
-
-
-class _EagerHook(_Hook):
-    """Likewise, but leaves no trace in a graph of torch.compile."""
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            super().__call__(module, *args)
-
-
 def _wrapped_by(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules inside of DDP and torch.compile, which can be called by themselves."""
     inner = getattr(module, "_orig_mod", None)
@@ -261,24 +265,6 @@ def _wrapped_by(module: nn.Module) -> Iterator[nn.Module]:
     if isinstance(inner, nn.Module):
         yield inner
         yield from _wrapped_by(inner)
-
-
-def _num_calls(modules: set[nn.Module]) -> int:
-    """Return how many forward passes of modules are running."""
-    count, frame = 0, inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__:
-            count += frame.f_locals["self"] in modules
-        frame = frame.f_back
-    return count
-
-
-def _do_nothing_hook() -> Callable[..., None]:
-    return _do_nothing
-
-
-def _do_nothing(*args: Any) -> None:
-    return
 
 
 def _refuse(gradient: Tensor) -> Tensor:

@@ -77,7 +77,11 @@ class LookaheadSchedule:
     @property
     def rest_steps(self) -> int:
         """Last steps without lookahead. Unit: optimizer steps."""
-        return self._in_steps(self.rest)
+        steps = self._in_steps(self.rest)
+        is_share = isinstance(self.warmup, float) and isinstance(self.rest, float)
+        if is_share and self.warmup + self.rest <= 1:  # both may have been rounded up
+            steps = min(steps, (self.total_steps or 0) - self.warmup_steps)
+        return steps
 
     def _in_steps(self, duration: int | float) -> int:
         if isinstance(duration, int):

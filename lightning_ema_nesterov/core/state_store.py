@@ -29,6 +29,7 @@ class StateStore:
 
     Raises:
         TypeError: If ``base_optimizer`` is not a ``torch.optim.Optimizer``.
+        ValueError: If it is a ``ZeroRedundancyOptimizer``.
     """
 
     def __init__(
@@ -38,6 +39,12 @@ class StateStore:
             raise TypeError(
                 "base_optimizer must be a torch.optim.Optimizer, got "
                 f"{type(base_optimizer).__module__}.{type(base_optimizer).__qualname__}."
+            )
+        names = {cls.__name__ for cls in type(base_optimizer).__mro__}
+        if "ZeroRedundancyOptimizer" in names:
+            raise ValueError(
+                "base_optimizer must save its own state, and ZeroRedundancyOptimizer saves that of "
+                "another one: directions would be lost. Shard with FSDP2, or train with DDP."
             )
         self.base_optimizer = base_optimizer
         self.keys = tuple(keys)

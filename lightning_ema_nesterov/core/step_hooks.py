@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from lightning_ema_nesterov.core.frames import num_running
 
 __all__ = ["StepHooks", "only_creates_state"]
 
@@ -75,16 +76,16 @@ class StepHooks:
             return
         if self._is_over:
             self._end()
-        elif not self._num_running():
+        elif not self._num_running_steps():
             self._abandon()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._depth and self._num_running() == 1:
+        if self._depth and self._num_running_steps() == 1:
             self.reset()  # the last step raised, and its end never came
         if not self._depth and self._has_begun():
-            self._abandon()
+            (self._end if self._is_over else self._abandon)()
         self._depth += 1
         if self._depth > 1:
             return None
@@ -96,15 +97,10 @@ class StepHooks:
         self._begin()
         return None
 
-    def _num_running(self) -> int:
-        """Return how many steps of the optimizer are running: one inside of the other."""
-        count, frame = 0, inspect.currentframe()
-        while frame is not None:
-            if frame.f_code is _STEP_CODE:
-                args = frame.f_locals.get("args") or (None,)
-                count += args[0] is self.base_optimizer
-            frame = frame.f_back
-        return count
+    def _num_running_steps(self) -> int:
+        return num_running(
+            _STEP_CODE, lambda its: (its.get("args") or (None,))[0] is self.base_optimizer
+        )
 
     def _then_begin(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         versions = self._versions()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 from typing_extensions import override
 
@@ -47,10 +47,8 @@ class LossAlongDirection(ValidationLoss):
         self.distances = tuple(distances)
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def measure(self, trainer: Trainer) -> None:
         """Measure and log."""
-        if trainer.sanity_checking or not trainer.loggers:
-            return
         pairs = [
             (lookahead, p)
             for lookahead in self.ema_nesterov_of(trainer).lookaheads

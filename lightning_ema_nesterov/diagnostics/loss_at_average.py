@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from typing_extensions import override
 
 from lightning_ema_nesterov.core.checks import check_share
@@ -50,10 +50,8 @@ class LossAtAverage(ValidationLoss):
         self.shares = tuple(shares)
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def measure(self, trainer: Trainer) -> None:
         """Measure and log."""
-        if trainer.sanity_checking or not trainer.loggers:
-            return
         lookaheads = self.ema_nesterov_of(trainer).lookaheads
         losses = {}
         for share in self.shares if lookaheads else ():

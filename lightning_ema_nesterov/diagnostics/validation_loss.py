@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from lightning_ema_nesterov.trainer.questions import callbacks_of
 __all__ = ["ValidationLoss"]
 
 
-class ValidationLoss(Callback):
+class ValidationLoss(Callback, ABC):
     """Keeps the batches of a validation and takes the loss of ``training_step`` on them.
 
     Args:
@@ -58,6 +59,17 @@ class ValidationLoss(Callback):
         """Keep a batch."""
         if self.num_batches is None or len(self._batches) < self.num_batches:
             self._batches.append(batch)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure and log, and let go of the batches."""
+        if not trainer.sanity_checking and trainer.loggers:
+            self.measure(trainer)
+        self._batches = []
+
+    @abstractmethod
+    def measure(self, trainer: Trainer) -> None:
+        """Measure losses of the batches of a validation, and log them."""
 
     def ema_nesterov_of(self, trainer: Trainer) -> EMANesterov:
         """Return the callback whose direction it is.

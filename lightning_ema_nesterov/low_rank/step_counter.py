@@ -76,6 +76,8 @@ class StepCounter:
             self._handles.pop().remove()
 
     def _begin(self) -> None:
+        if not self._handles:
+            return  # detached in the closure
         _, after_step, _, before_state, _ = self._handles
         # Others may have been registered since: EMA-Nesterov's end of the step has to come first.
         for handle, hooks in (

@@ -164,6 +164,38 @@ def test_an_evaluation_at_the_average_that_is_interrupted_is_left(
     assert equal(run(interrupts=True), run(interrupts=False))
 
 
+@pytest.mark.parametrize("evaluate_at", ["iterate", "average"])
+def test_blocks_after_an_interrupted_evaluation_hold_what_they_say(evaluate_at: str) -> None:
+    model, optimizer, handle = attached()
+    handle.detach()
+    handle = attach(optimizer, model, evaluate_at=evaluate_at)
+    x = weights(model)
+    with handle.at_average(0.5):
+        half = weights(model)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted_evaluation() -> None:
+        hook = model.norm.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt), torch.no_grad():
+            model(STATES)
+        hook.remove()
+
+    for block, expected in ((lambda: handle.at_average(0.5), half), (handle.at_iterate, x)):
+        interrupted_evaluation()
+        with block(), torch.no_grad():
+            assert equal(weights(model), expected)
+            model(STATES)
+            assert equal(weights(model), expected)
+        assert equal(weights(model), x)
+    interrupted_evaluation()
+    if evaluate_at == "average":
+        with pytest.raises(RuntimeError, match="The copy of the module holds the average"):
+            copy.deepcopy(model)
+    assert equal(weights(copy.deepcopy(model)), x)
+
+
 def test_inside_of_at_iterate_nothing_else_is_seen() -> None:
     model = QNetwork()
     optimizer = sgd(model.parameters())

@@ -40,6 +40,14 @@ def test_optimizer_that_moves_before_its_closure_is_refused(attach: Attach) -> N
         optimizer.step(lambda: None)
 
 
+def test_an_optimizer_that_saves_the_state_of_another_is_refused() -> None:
+    class ZeroRedundancyOptimizer(torch.optim.SGD):
+        """By the name of torch's, which wants processes."""
+
+    with pytest.raises(ValueError, match=r"directions would be lost\. Shard with FSDP2"):
+        EMADirections(ZeroRedundancyOptimizer(start(), lr=0.1), 0.9)
+
+
 def test_a_rule_needs_an_optimizer() -> None:
     with pytest.raises(
         TypeError, match=r"base_optimizer must be a torch.optim.Optimizer, got .*list"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ema_nesterov import EMANesterovHandle, attach_ema_nesterov
+from lightning_ema_nesterov.core import module_hooks
 from tests.toys import equal
 
 INPUTS = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -296,3 +297,48 @@ def test_an_unrelated_module_and_parameters_are_refused() -> None:
     attach_ema_nesterov(optimizer, model, warmup=0, rest=0)
     with pytest.raises(RuntimeError, match="SGD must have one lookahead method"):
         attach_ema_nesterov(optimizer, model, warmup=0, rest=0)
+
+
+class Asks(nn.Module):
+    """Has the state of a part as its extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.parts(inputs)
+        return outputs
+
+    def get_extra_state(self) -> Any:
+        return self.parts[0].state_dict()
+
+    def set_extra_state(self, state: Any) -> None:
+        return
+
+
+def test_state_is_copied_once_also_where_a_part_is_asked_for_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Asks()
+    handle = attach(model)
+    train(handle, model, 4)
+    x = weights(model)
+    loss = model(INPUTS).square().mean()
+    y = weights(model)
+    num_copies = 0
+    copy_value = module_hooks._copy
+
+    def count(value: Any) -> Any:
+        nonlocal num_copies
+        num_copies += 1
+        return copy_value(value)
+
+    monkeypatch.setattr(module_hooks, "_copy", count)
+    state = model.state_dict()
+    torch.testing.assert_close([state[f"parts.{i}.weight"] for i in range(5)], x[::2])
+    torch.testing.assert_close(state["_extra_state"]["weight"], x[0])
+    assert num_copies == len(x) + 2  # and those of the extra state
+    assert equal(weights(model), y)
+    loss.backward()  # nobody looked
+    optimizer_of(handle).step()

@@ -60,6 +60,14 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(
         LookaheadSchedule(**{"lookahead_step_size": 0.5, "total_steps": 10, **kwargs})
 
 
+@pytest.mark.parametrize("warmup", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_shares_that_fill_the_run_fit_every_run(warmup: float) -> None:
+    for total_steps in range(1, 40):
+        schedule = LookaheadSchedule(0.5, warmup=warmup, rest=1.0 - warmup, total_steps=total_steps)
+        # Each is rounded; where both are rounded down, a step is left.
+        assert 0 <= total_steps - schedule.warmup_steps - schedule.rest_steps <= 1
+
+
 def lr_ratios(
     make_scheduler: Callable[[torch.optim.Optimizer], Any] | None, num_steps: int
 ) -> list[float]:

@@ -140,3 +140,47 @@ def test_hook_that_raises_after_the_step_leaves_what_the_step_made(
     for p, before, old in zip(params, x, m, strict=True):
         expected = 0.9 * old + 0.1 * (p.detach() - before)
         torch.testing.assert_close(direction(lookahead, p), expected)
+
+
+def test_detached_in_the_closure_the_state_holds_the_direction(attach: Attach) -> None:
+    params = start(torch.float64)
+    optimizer = adamw(params)
+    lookahead = attach(optimizer)
+    reset = attach_momentum_reset(optimizer, every_n_steps=9, recovery_steps=2)
+    train(lookahead, params, 3)
+    m = [direction(lookahead, p).clone() for p in params]
+
+    def closure() -> Any:
+        lookahead.extrapolate()
+        loss = loss_of(params)
+        torch.autograd.backward(loss)
+        lookahead.detach()
+        reset.detach()
+        return loss
+
+    optimizer.zero_grad()
+    optimizer.step(closure)
+    torch.testing.assert_close(saved_directions(optimizer.state_dict()), m)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_step_whose_older_hook_raised_counts(attach: Attach, looks: bool) -> None:
+    params = start(torch.float64)
+    optimizer = adamw(params)
+    raises = [True]
+
+    def fail(*args: Any) -> None:
+        if lookahead.step_idx == 2 and raises.pop():
+            raise MemoryError("on purpose")
+
+    optimizer.register_step_post_hook(fail)
+    lookahead = attach(optimizer)
+    raises.append(False)
+    train(lookahead, params, 2)
+    raises[:] = [False, True]
+    with pytest.raises(MemoryError):
+        train(lookahead, params, 1)
+    if looks:
+        optimizer.state_dict()
+    train(lookahead, params, 2)
+    assert lookahead.step_idx == 5 == int(optimizer.state[params[0]]["step"])
