@@ -81,8 +81,9 @@ def test_reports_of_the_studies_are_those_of_their_lines(folder: Path) -> None:
     assert read_config(folder) == json.loads(json.dumps(study.as_dict()))
     results = judged(lines, study.confirming_seeds)
     text = (folder / "report/report.md").read_text()
+    methods = list(dict.fromkeys([*study.methods, *(r.run.method for r in results)]))
     for base in dict.fromkeys(result.run.base for result in results):
-        none, *others = standings(results, base, list(study.methods), with_averages(choosing))
+        none, *others = standings(results, base, methods, with_averages(choosing))
         if f"![Differences to the baseline]({base}_" in text:  # below a map
             others.sort(key=lambda standing: standing.difference.mean)
         assert markdown_table([none, *others]) in text, base
