@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-__all__ = ["EagerModuleHook", "ModuleHook"]
+__all__ = ["EagerModuleHook", "ModuleHook", "Owner"]
 
 
 class Owner(Protocol):
