@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,19 @@ def train(lookahead: Lookahead, params: list[nn.Parameter], num_steps: int) -> N
         lookahead.extrapolate()
         torch.autograd.backward(loss_of(params))
         lookahead.base_optimizer.step()
+
+
+def closure_of(lookahead: Lookahead, params: list[nn.Parameter]) -> Callable[[], Any]:
+    """The closure of a step, as the Trainer makes one: it moves to the lookahead point itself."""
+
+    def closure() -> Tensor:
+        lookahead.base_optimizer.zero_grad()
+        lookahead.extrapolate()
+        loss = loss_of(params)
+        torch.autograd.backward(loss)
+        return loss
+
+    return closure
 
 
 def direction(lookahead: Lookahead, p: Tensor) -> Tensor:

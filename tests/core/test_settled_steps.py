@@ -15,7 +15,7 @@ from lightning_ema_nesterov.core.lookahead import Lookahead
 from lightning_ema_nesterov.core.progress import STEP_KEY
 from lightning_ema_nesterov.low_rank import attach_momentum_reset
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
-from tests.core.problem import Attach, direction, loss_of, start, train
+from tests.core.problem import Attach, closure_of, direction, start, train
 from tests.toys import HalfStep, adamw, equal, relative_error
 
 MAKES: dict[str, Callable[[Any], Optimizer]] = {
@@ -93,14 +93,7 @@ def test_closure_after_a_step_that_raised_starts_from_the_iterate(attach: Attach
         params = start(torch.float64)
         optimizer = HalfStep(params, lr=0.05)
         lookahead = attach(optimizer)
-
-        def closure() -> Any:
-            optimizer.zero_grad()
-            lookahead.extrapolate()
-            loss = loss_of(params)
-            torch.autograd.backward(loss)
-            return loss
-
+        closure = closure_of(lookahead, params)
         for fails in (False, False, True, False, False):
             optimizer.fails = fails
             if fails:
@@ -150,15 +143,14 @@ def test_detached_in_the_closure_the_state_holds_the_direction(attach: Attach) -
     train(lookahead, params, 3)
     m = [direction(lookahead, p).clone() for p in params]
 
+    evaluate = closure_of(lookahead, params)
+
     def closure() -> Any:
-        lookahead.extrapolate()
-        loss = loss_of(params)
-        torch.autograd.backward(loss)
+        loss = evaluate()
         lookahead.detach()
         reset.detach()
         return loss
 
-    optimizer.zero_grad()
     optimizer.step(closure)
     torch.testing.assert_close(saved_directions(optimizer.state_dict()), m)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tests.core import reference
-from tests.core.problem import Attach, direction, gradients, loss_of, start, train
+from tests.core.problem import Attach, closure_of, direction, gradients, loss_of, start, train
 from tests.toys import MakeOptimizer, adamw, equal, momentum, relative_error, sgd
 from tests.versions import muon
 
@@ -189,17 +189,10 @@ def test_hooks_that_fire_twice_count_once(attach: Attach, with_closure: bool) ->
     )
     optimizer = make(params)
     lookahead = attach(optimizer)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        lookahead.extrapolate()
-        loss = loss_of(params)
-        torch.autograd.backward(loss)
-        return loss
-
+    closure = closure_of(lookahead, params)
     for _ in range(10):
         if with_closure:
-            optimizer.step(closure)  # type: ignore[arg-type]  # it returns a tensor
+            optimizer.step(closure)
         else:
             closure()
             optimizer.step()

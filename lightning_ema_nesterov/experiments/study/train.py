@@ -53,18 +53,18 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
     torch.set_num_threads(study.num_threads)
     folder = root / run.folder
     checkpoint = folder / CHECKPOINT
-    definition = folder / _DEFINITION
+    definition, decided = folder / _DEFINITION, deciding(study, run)
     is_resumed = (
         study.has_checkpoints
         and checkpoint.exists()
         and definition.exists()
-        and definition.read_text() == deciding(study, run)
+        and definition.read_text() == decided
     )
     if not is_resumed:
         shutil.rmtree(folder, ignore_errors=True)
     if study.has_checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
-        definition.write_text(deciding(study, run))
+        definition.write_text(decided)
     seed_everything(run.seed, verbose=False)
     model = _build(study.model, "model")
     _set_optimizer(model, study, run)
