@@ -67,7 +67,8 @@ def draw(folder: Path) -> list[Path]:
 def test_map_shows_every_loss_and_the_line_of_equal_steps(
     tmp_path: Path, figures: dict[str, Figure]
 ) -> None:
-    assert [path.stem for path in draw(tmp_path)] == ["sgd_ema_map", "sgd_ema_best"]
+    files = [path.stem for path in draw(tmp_path)]
+    assert files == ["sgd_ema_map", "sgd_ema_rates", "sgd_ema_best"]
     axes: Axes = figures["sgd_ema_map"].axes[0]
     shown = {(text.get_position()[0], text.get_position()[1]): text for text in axes.texts}
     for row, step_size in enumerate(STEP_SIZES):
@@ -83,6 +84,21 @@ def test_map_shows_every_loss_and_the_line_of_equal_steps(
         below = int(min(y, len(STEP_SIZES) - 2))
         beta = STEP_SIZES[below] + (y - below) * (STEP_SIZES[below + 1] - STEP_SIZES[below])
         assert x == pytest.approx(best_lr * (1.0 - beta))
+
+
+def test_curves_are_over_the_learning_rate_and_over_that_of_steady_steps(
+    tmp_path: Path, figures: dict[str, Figure]
+) -> None:
+    draw(tmp_path)
+    left, right = figures["sgd_ema_rates"].axes
+    for axes, is_gained in ((left, False), (right, True)):
+        for line, step_size in zip(axes.get_lines(), STEP_SIZES, strict=True):
+            assert line.get_label() == f"{step_size:g}"
+            lrs = [lr for lr in LRS if step_size < 0.7 or lr < 0.016]  # the other one diverged
+            gain = 1.0 / (1.0 - step_size) if is_gained else 1.0
+            shown = np.asarray(line.get_data(), dtype=float)
+            assert shown[0] == pytest.approx([lr * gain for lr in lrs])
+            assert shown[1] == pytest.approx([synthetic_loss(step_size, lr, 0) for lr in lrs])
 
 
 def test_best_of_each_step_size_has_the_interval_of_the_table(
@@ -116,10 +132,12 @@ def test_there_is_no_map_without_two_rates_and_two_step_sizes(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_report_shows_both_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_shows_all_three_and_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(report, "read_events", lambda folder: synthetic(range(2)))
     text = report.write_report(tmp_path).with_suffix(".md").read_text()
-    for name in ("sgd_ema_map.png", "sgd_ema_best.png"):
+    for name in ("sgd_ema_map.png", "sgd_ema_rates.png", "sgd_ema_best.png"):
         assert f"]({name})" in text
         assert (tmp_path / "report" / name).exists()
     assert "| ema[lookahead_step_size=0.3] @ 1 |" in text

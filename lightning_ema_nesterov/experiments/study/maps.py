@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -32,6 +34,9 @@ def draw_step_sizes(
 
     The map is of the runs that choose the learning rate. The line in it goes through the baseline's
     best rate :math:`\eta_0`: where :math:`\eta = (1 - \beta)\,\eta_0`, steady steps are as large.
+    A second figure has the same losses as curves, over :math:`\eta` and over
+    :math:`\eta / (1 - \beta)`. Where they are one curve on the right, the step size is a larger
+    learning rate and no more; where they are one on the left, it does nothing.
 
     Args:
         folder: Where the PNG files go.
@@ -49,9 +54,10 @@ def draw_step_sizes(
         cells = _cells(choosing, base, family)
         if min(len({key[axis] for key in cells}) for axis in (0, 1)) < 2:
             continue
-        files = [folder / f"{base}_{family}_{kind}.png" for kind in ("map", "best")]
+        files = [folder / f"{base}_{family}_{kind}.png" for kind in ("map", "rates", "best")]
         _draw_map(files[0], f"{base}, {family}", cells)
-        _draw_best(files[1], f"{base}, {family}", _by_reading(found, family))
+        _draw_rates(files[1], f"{base}, {family}", cells)
+        _draw_best(files[2], f"{base}, {family}", _by_reading(found, family))
         paths += files
     return paths
 
@@ -153,6 +159,29 @@ def _draw_line(
         zorder=1.5,  # below the numbers
         label="η / (1 - β) is the baseline's best η",
     )
+
+
+def _draw_rates(path: Path, title: str, cells: Cells) -> None:
+    step_sizes = sorted({step_size for step_size, _ in cells})
+    colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.9, len(step_sizes)))
+    with figure_at(path, height=4.6) as figure:
+        left, right = figure.subplots(ncols=2, sharey=True)
+        for step_size, colour in zip(step_sizes, colours, strict=True):
+            curve = sorted((lr, loss) for (s, lr), loss in cells.items() if s == step_size)
+            curve = [(lr, loss) for lr, loss in curve if math.isfinite(loss)]
+            losses = [loss for _, loss in curve]
+            style: dict[str, Any] = {"color": colour, "marker": "o", "label": f"{step_size:g}"}
+            if step_size == 0.0:
+                style |= {"color": "black", "linewidth": 2.0, "zorder": 3}
+            left.plot([lr for lr, _ in curve], losses, **style)
+            right.plot([lr / (1.0 - step_size) for lr, _ in curve], losses, **style)
+        for axes, label in ((left, "learning rate η"), (right, "steady rate, η / (1 - β)")):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(lrs := sorted({lr for _, lr in cells}), [f"{lr:g}" for lr in lrs])
+            axes.set_xlabel(label)
+        left.set_ylabel("final loss")
+        left.legend(title="β", fontsize="small")
+        figure.suptitle(f"{title}: is it a larger learning rate? One curve on the right: yes")
 
 
 def _by_reading(found: Sequence[Standing], family: str) -> dict[str, list[tuple[float, Standing]]]:
