@@ -95,7 +95,7 @@ def ema_nesterov(
     if run is not None:
         total_steps = run.check_total_steps(total_steps, key=yaml_key("total_steps"))
     module = find_module(params)
-    optimizer = build_optimizer(base, params, argument="base", fused=fused)
+    optimizer = build_optimizer(base, params, key=yaml_key("base"), fused=fused)
     if lookahead_step_size_by_role:
         argument = yaml_key("lookahead_step_size_by_role")
         set_step_sizes(optimizer, module, lookahead_step_size_by_role, argument=argument)

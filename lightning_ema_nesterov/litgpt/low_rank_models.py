@@ -83,7 +83,7 @@ def low_rank(
     if not any(isinstance(m, LowRankLinear) for m in module.modules()):
         _check_unwrapped(module)
         _convert(module, rank, alpha, sparsity)
-    made = build_optimizer(trained_by, params, argument="trained_by", fused=fused)
+    made = build_optimizer(trained_by, params, key=yaml_key("trained_by"), fused=fused)
     if refactorize_every_n_steps is not None:
         _attach_refactorization(made, module, refactorize_every_n_steps)
     return made
@@ -126,7 +126,7 @@ def momentum_reset(
             f"{key} names momentum_reset, which must stand outside of by_role: "
             "momentum_reset restarts both of its optimizers together."
         )
-    made = build_optimizer(optimizer, params, argument="optimizer", fused=fused)
+    made = build_optimizer(optimizer, params, key=yaml_key("optimizer"), fused=fused)
     attach_momentum_reset(made, every_n_steps=every_n_steps, recovery_steps=recovery_steps)
     return made
 

@@ -75,7 +75,7 @@ def warmup_stable_decay(
             "train.lr_warmup_fraction counts in epochs, which warmup_stable_decay does not know. "
             "Set train.lr_warmup_steps."
         )
-    made = build_optimizer(optimizer, params, argument="optimizer", fused=fused)
+    made = build_optimizer(optimizer, params, key=yaml_key("optimizer"), fused=fused)
     schedule = _make_schedule(run, made.defaults["lr"], decay, shape)
 
     def before_training_forward(state: Mapping[str, int]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_ema_nesterov.optimizers.from_config import build_optimizer, find_module
+from lightning_ema_nesterov.optimizers.from_config import build_optimizer, find_module, yaml_key
 from lightning_ema_nesterov.optimizers.per_role import OptimizerPerRole
 from lightning_ema_nesterov.optimizers.roles import ROLES, groups_by_role
 from lightning_ema_nesterov.rules.ema import STEP_SIZE_KEY
@@ -73,8 +73,8 @@ def by_role(
     # The Muons of pytorch_optimizer want to be told that a group is not for their AdamW.
     for_hidden = [{"params": [*hidden.values()], "use_muon": True}]
     optimizers = [
-        build_optimizer(hidden_matrices, for_hidden, argument="hidden_matrices", fused=fused),
-        build_optimizer(others, rest, argument="others", fused=fused),
+        build_optimizer(hidden_matrices, for_hidden, key=yaml_key("hidden_matrices"), fused=fused),
+        build_optimizer(others, rest, key=yaml_key("others"), fused=fused),
     ]
     rank_zero_info(_describe(roles, *(type(optimizer).__name__ for optimizer in optimizers)))
     return OptimizerPerRole(optimizers)

@@ -78,7 +78,7 @@ def check_place(function: str, allowed: Mapping[str, str]) -> None:
 
 
 def build_optimizer(
-    spec: str | Mapping[str, Any], params: ParamsT, *, argument: str, fused: bool = False
+    spec: str | Mapping[str, Any], params: ParamsT, *, key: str, fused: bool = False
 ) -> Optimizer:
     """Make the optimizer that a YAML names.
 
@@ -86,7 +86,7 @@ def build_optimizer(
         spec: A name like ``AdamW`` or ``torch.optim.AdamW``, or a mapping with ``class_path`` and
             ``init_args``. The name may be that of a function.
         params: What the optimizer gets as its parameters.
-        argument: Key in the ``init_args`` of the calling function that holds ``spec``.
+        key: Where in the YAML ``spec`` is, for messages; :func:`yaml_key` tells a function.
         fused: Passed on if the optimizer has an argument of this name and ``init_args`` does not.
 
     Raises:
@@ -98,10 +98,9 @@ def build_optimizer(
         >>> import torch
         >>> weights = [torch.nn.Parameter(torch.zeros(2))]
         >>> spec = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
-        >>> build_optimizer(spec, weights, argument="base").defaults["lr"]
+        >>> build_optimizer(spec, weights, key="base").defaults["lr"]
         0.5
     """
-    key = yaml_key(argument)
     path, init_args = _read(spec, key)
     factory = import_optimizer(path, key)
     try:
@@ -134,7 +133,7 @@ def _call(
     token = _place.set(key)
     try:
         return factory(params, **init_args)
-    except (TypeError, ValueError) as error:
+    except (IndexError, TypeError, ValueError) as error:
         if not isinstance(factory, type):
             raise  # a function of ours, which tells its key
         kind = TypeError if isinstance(error, TypeError) else ValueError

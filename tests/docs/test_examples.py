@@ -76,7 +76,7 @@ def test_yaml_examples_name_what_there_is(page: Path) -> None:
                 spec = spec["init_args"]["trained_by"]  # for a model that is as wide as its rank
             if spec["class_path"] == "lightning_ema_nesterov.litgpt.ema_nesterov":
                 spec["init_args"]["total_steps"] = 100  # LitGPT tells it
-            optimizer = build_optimizer(spec, Language().parameters(), argument="optimizer")
+            optimizer = build_optimizer(spec, Language().parameters(), key="optimizer")
             base = spec["init_args"].get("base") or spec["init_args"]["optimizer"]
             base = base["init_args"].get("optimizer", base)  # below a reset of the momentum
             assert type(optimizer) is import_optimizer(base["class_path"], "")

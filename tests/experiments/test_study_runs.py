@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.results import read_events, read_lines
 from lightning_ema_nesterov.experiments.study.spec import Run, Study
@@ -92,3 +93,20 @@ def test_study_is_kept_whole_in_its_folder(study_dir: Path) -> None:
     kept = json.loads((study_dir / "study.json").read_text())
     study: Study = load_study(study_dir.parent / "study.yaml")
     assert kept == json.loads(json.dumps(study.as_dict()))
+
+
+@pytest.mark.parametrize(
+    ("init_args", "reason"),
+    [
+        ({"weight_decay": -1.0}, "Invalid weight_decay value: -1.0"),
+        ({"betas": [0.9]}, "list index out of range"),
+    ],
+)
+def test_value_that_an_optimizer_refuses_is_told_with_its_key(
+    init_args: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    adamw = {"class_path": "torch.optim.AdamW", "init_args": init_args, "lrs": [0.01]}
+    study = load_study(write(tmp_path, base_optimizers={"mine": adamw}, methods={"none": None}))
+    message = rf"^base_optimizers\.mine \(torch\.optim\.AdamW\) refuses .*: {reason}$"
+    with pytest.raises(ValueError, match=message):
+        run_study(study, tmp_path / "out")

@@ -94,7 +94,7 @@ def test_without_a_yaml_roles_have_to_be_given() -> None:
     with pytest.raises(ValueError, match="must have a role"):
         SCALE(Language().parameters())
     with pytest.raises(ValueError, match="must have a role"):  # a list tells no module
-        build_optimizer(lean("SCALE"), list(Language().parameters()), argument="base")
+        build_optimizer(lean("SCALE"), list(Language().parameters()), key="base")
 
 
 def test_model_whose_head_is_not_found_is_one_error() -> None:
@@ -193,7 +193,7 @@ def test_momentum_reset_stands_around_by_role() -> None:
     model = Language()
     optimizer = momentum_reset(model.parameters(), BY_ROLE, every_n_steps=3, recovery_steps=2)
     twin = Language()
-    plain = build_optimizer(BY_ROLE, twin.parameters(), argument="base")
+    plain = build_optimizer(BY_ROLE, twin.parameters(), key="base")
     assert equal(steps(model, optimizer, 3)[:6], steps(twin, plain, 3)[:6])
     steps(model, optimizer, 3)
     steps(twin, plain, 3)

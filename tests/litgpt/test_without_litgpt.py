@@ -26,7 +26,7 @@ def test_a_list_of_parameters_finds_its_model_in_the_first_forward_pass() -> Non
     treated = steps(expected, reference_optimizer)
     assert equal(steps(outer, optimizer), treated)
     untreated = Language()
-    plain = build_optimizer(ADAMW, untreated.parameters(), argument="base")
+    plain = build_optimizer(ADAMW, untreated.parameters(), key="base")
     assert not equal(steps(untreated, plain), treated)
 
 
@@ -78,10 +78,10 @@ def test_a_base_that_is_no_optimizer_is_refused_by_its_key(base: Any, message: s
 
 def test_fused_is_passed_to_those_who_know_it() -> None:
     weight = [nn.Parameter(torch.zeros(2))]
-    assert build_optimizer("AdamW", weight, argument="base", fused=True).defaults["fused"] is True
+    assert build_optimizer("AdamW", weight, key="base", fused=True).defaults["fused"] is True
     spec = {"class_path": "AdamW", "init_args": {"fused": False}}
-    assert build_optimizer(spec, weight, argument="base", fused=True).defaults["fused"] is False
-    assert "fused" not in build_optimizer("RMSprop", weight, argument="base", fused=True).defaults
+    assert build_optimizer(spec, weight, key="base", fused=True).defaults["fused"] is False
+    assert "fused" not in build_optimizer("RMSprop", weight, key="base", fused=True).defaults
     model = Language()
     made = ema_nesterov(model.parameters(), ADAMW, warmup=0, rest=0, fused=True)
     assert made.defaults["fused"] is True

@@ -115,7 +115,7 @@ def _set_optimizer(model: LightningModule, study: Study, run: Run) -> None:
     )
 
     def configure_optimizers() -> Any:
-        optimizer = _make_optimizer(spec, run.lr, model)
+        optimizer = _make_optimizer(spec, run, model)
         by_role = study.methods[run.method].lookahead_step_size_by_role
         if by_role:
             set_step_sizes(optimizer, model, by_role, argument="lookahead_step_size_by_role")
@@ -128,16 +128,17 @@ def _set_optimizer(model: LightningModule, study: Study, run: Run) -> None:
     model.configure_optimizers = configure_optimizers  # type: ignore[method-assign]  # of this one
 
 
-def _make_optimizer(spec: BaseOptimizer, lr: float, model: nn.Module) -> Optimizer:
+def _make_optimizer(spec: BaseOptimizer, run: Run, model: nn.Module) -> Optimizer:
     named = {"class_path": spec.class_path, "init_args": spec.init_args}
-    optimizer = build_optimizer(named, model.parameters(), argument="base_optimizers")
+    key = f"base_optimizers.{run.base}"
+    optimizer = build_optimizer(named, model.parameters(), key=key)
     if not optimizer.defaults["lr"] > 0:
         raise ValueError(
             f"The lr in init_args of {spec.class_path} must be above 0: it says how the learning "
             "rates of its groups stand to each other."
         )
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr"] / optimizer.defaults["lr"]
+        group["lr"] = run.lr * group["lr"] / optimizer.defaults["lr"]
     return optimizer
 
 

@@ -51,5 +51,5 @@ def test_a_loaded_optimizer_continues_bitwise() -> None:
 def test_a_yaml_names_it() -> None:
     path = "lightning_ema_nesterov.optimizers.sign_momentum.SignMomentum"
     spec = {"class_path": path, "init_args": {"lr": 0.5}}
-    optimizer = build_optimizer(spec, [new_weight()], argument="base")
+    optimizer = build_optimizer(spec, [new_weight()], key="base")
     assert type(optimizer) is SignMomentum
