@@ -10,13 +10,13 @@ from litgpt.model import GPT, CausalSelfAttention, LLaMAMLP, RMSNorm
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_ema_nesterov.companions.quantized.convert import Plan, Rules
 from lightning_ema_nesterov.companions.quantized.hadamard import Rotation
 from lightning_ema_nesterov.companions.quantized.layers import (
     HeadQuantizer,
     RotatedLinear,
     Switch,
 )
+from lightning_ema_nesterov.companions.quantized.plan import Plan, Rules
 from lightning_ema_nesterov.companions.quantized.quantizers import Bits
 
 __all__ = ["RotatedAttention", "UnitRMSNorm", "plan_gpt"]
