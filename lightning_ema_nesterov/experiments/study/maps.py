@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -175,13 +175,24 @@ def _draw_rates(path: Path, title: str, cells: Cells) -> None:
                 style |= {"color": "black", "linewidth": 2.0, "zorder": 3}
             left.plot([lr for lr, _ in curve], losses, **style)
             right.plot([lr / (1.0 - step_size) for lr, _ in curve], losses, **style)
-        for axes, label in ((left, "learning rate η"), (right, "steady rate, η / (1 - β)")):
+        for axes, label, rates in (
+            (left, "learning rate η", sorted({lr for _, lr in cells})),
+            (right, "steady rate, η / (1 - β)", _doublings({lr / (1.0 - s) for s, lr in cells})),
+        ):
             axes.set_xscale("log", base=2)
-            axes.set_xticks(lrs := sorted({lr for _, lr in cells}), [f"{lr:g}" for lr in lrs])
+            axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
             axes.set_xlabel(label)
         left.set_ylabel("final loss")
         left.legend(title="β", fontsize="small")
-        figure.suptitle(f"{title}: is it a larger learning rate? One curve on the right: yes")
+        left.set_title("one curve here: the step size does nothing", fontsize="medium")
+        right.set_title("one curve here: it is a larger learning rate", fontsize="medium")
+        figure.suptitle(f"{title}: final loss of each step size β")
+
+
+def _doublings(rates: Collection[float]) -> list[float]:
+    """Return rates from the smallest to the largest, each twice the one before."""
+    num = math.floor(math.log2(max(rates) / min(rates)) + 1e-9)
+    return [min(rates) * 2.0**idx for idx in range(num + 1)]
 
 
 def _by_reading(found: Sequence[Standing], family: str) -> dict[str, list[tuple[float, Standing]]]:
