@@ -24,7 +24,7 @@ from lightning_ema_nesterov.experiments.study.results import Result, read_events
 from lightning_ema_nesterov.experiments.study.tables import (
     Standing,
     markdown_table,
-    notes,
+    notes_on,
     standings,
 )
 from tests.experiments.toys import SGD, result, write
@@ -121,17 +121,17 @@ def test_notes_say_which_learning_rates_were_not_tried_by_all() -> None:
         *(result("snoo", lr, seed, [lr]) for lr in (0.1, 0.05) for seed in range(2)),
         result("snoo", 0.4, 0, [0.4]),
     ]
-    assert notes(results, "sgd") == [
+    assert notes_on(results, "sgd") == [
         "Not tried at 0.05, the baseline's best learning rate: ema.",
         "Not compared, for lack of seeds: snoo at 0.4.",
     ]
     alone = [r for r in results if r.run.method != "snoo"]
-    assert notes(alone, "sgd") == [
+    assert notes_on(alone, "sgd") == [
         "Learning rates that only the baseline had: 0.05.",
         "Not tried at 0.05, the baseline's best learning rate: ema.",
     ]
     everywhere = [r for r in alone if r.run.lr != 0.05]
-    assert notes(everywhere, "sgd") == []
+    assert notes_on(everywhere, "sgd") == []
 
 
 def test_order_and_colours_are_those_of_the_yaml(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lightning_ema_nesterov.experiments.event_files import read_scalars
+from lightning_ema_nesterov.experiments.study import report
+from lightning_ema_nesterov.experiments.study.claim import claim
 from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.report import write_report
 from lightning_ema_nesterov.experiments.study.results import Result, read_events, read_lines
+from lightning_ema_nesterov.experiments.study.spec import Run
 from lightning_ema_nesterov.experiments.study.tables import judged, standings
 from tests.experiments.toys import Model, result, write
 
@@ -80,6 +84,23 @@ def test_confirming_seeds_are_judged_at_the_rate_that_the_others_chose() -> None
     assert [r.final for r in judged(results, [1])] == [3.0]
     assert judged(results, []) == results
     assert judged(results, [7]) == results
+
+
+def test_base_without_confirming_runs_is_shown_with_those_that_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study that was stopped in its second round."""
+    confirmed = [result("none", 0.1, 0, [1.0]), result("none", 0.1, 1, [3.0])]
+    waiting = replace(result("none", 0.2, 0, [2.0]), run=Run("muon", "none", 0.2, 0))
+    both = [*confirmed, waiting]
+    assert [(r.run.base, r.final) for r in judged(both, [1])] == [("sgd", 3.0), ("muon", 2.0)]
+    claim(load_study(write(tmp_path, seeds=[0], confirming_seeds=[1])), tmp_path / "out")
+    monkeypatch.setattr(report, "read_events", lambda folder: both)
+    _, *sections = write_report(tmp_path / "out").with_suffix(".md").read_text().split("\n## ")
+    assert {section.split()[0] for section in sections} >= {"sgd", "muon"}
+    for section in sections:
+        is_waiting = "this is of the seeds that chose" in section
+        assert is_waiting is section.startswith("muon"), section
 
 
 def test_edge_is_that_of_the_rates_that_the_choosing_seeds_had() -> None:

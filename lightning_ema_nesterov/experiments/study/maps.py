@@ -224,7 +224,7 @@ def _draw_best(
         seeds = (
             f"{num_seeds} seeds, intervals of {CONFIDENCE:.0%}"
             if num_seeds > 1
-            else "one seed, which also chose the learning rates: no interval"
+            else "one seed: no interval"
         )
         axes.set_title(f"{title}: the best of each β, with its learning rate\n({seeds})")
 

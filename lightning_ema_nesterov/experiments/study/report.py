@@ -39,7 +39,7 @@ from lightning_ema_nesterov.experiments.study.tables import (
     Standing,
     judged,
     markdown_table,
-    notes,
+    notes_on,
     standings,
 )
 
@@ -83,11 +83,12 @@ def write_report(study_dir: Path) -> Path:
     sections = [_introduction(study_dir.name, config, trained_runs)]
     with_baseline = {r.run.base for r in results if r.run.method == BASELINE}
     found = {b: standings(results, b, methods, choosing) for b in bases if b in with_baseline}
-    sections += [
-        _section(folder, base, found.get(base, []), methods, choosing)
-        for base in bases
-        if base in trained
-    ]
+    confirmed = {r.run.base for r in results if r.run.seed in confirming}
+    for base in (base for base in bases if base in trained):
+        said = notes_on(choosing, base, methods) if base in found else []
+        if confirmed and base not in confirmed:
+            said.insert(0, "Not confirmed yet: this is of the seeds that chose.")
+        sections.append(_section(folder, base, found.get(base, []), methods, choosing, said))
     sections += _memory_section(folder, found)
     text = "\n\n".join(sections) + "\n"
     (folder / "report.md").write_text(text)
@@ -132,10 +133,11 @@ def _section(
     found: Sequence[Standing],
     methods: Sequence[str],
     choosing: Sequence[Result],
+    notes: Sequence[str],
 ) -> str:
     if not found:
         return f"## {base}\n\nNo run of the baseline is finished yet."
-    said = "\n".join(f"* {note}" for note in notes(choosing, base, methods))
+    said = "\n".join(f"* {note}" for note in notes)
     grids = [*draw_grids(folder, base, found), *draw_step_sizes(folder, base, choosing, found)]
     if grids:
         table = markdown_table([found[0], *sorted(found[1:], key=_mean_difference)])

@@ -20,7 +20,7 @@ __all__ = [
     "judged",
     "markdown_table",
     "mean_curve",
-    "notes",
+    "notes_on",
     "paired_difference",
     "standings",
 ]
@@ -111,16 +111,19 @@ def best_lrs(results: Sequence[Result], base: str) -> dict[str, float]:
 def judged(results: Sequence[Result], confirming_seeds: Sequence[int]) -> list[Result]:
     """Return what is compared, each average as a method of its own.
 
-    Where there are confirming seeds these are their runs, at the learning rate of each method that
-    the other seeds chose.
+    Where a base optimizer has confirming seeds these are their runs, at the learning rate of each
+    method that the other seeds chose.
     """
     results = with_averages(results)
-    confirming = [r for r in results if r.run.seed in confirming_seeds]
+    confirmed = {r.run.base for r in results if r.run.seed in confirming_seeds}
     choosing = [r for r in results if r.run.seed not in confirming_seeds]
-    if not confirming:
-        return results
-    best = {base: best_lrs(choosing, base) for base in {r.run.base for r in confirming}}
-    return [r for r in confirming if best[r.run.base].get(r.run.method) == r.run.lr]
+    best = {base: best_lrs(choosing, base) for base in confirmed}
+    return [
+        r
+        for r in results
+        if r.run.base not in confirmed
+        or (r.run.seed in confirming_seeds and best[r.run.base].get(r.run.method) == r.run.lr)
+    ]
 
 
 def standings(
@@ -243,7 +246,7 @@ def markdown_table(found: Sequence[Standing]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def notes(choosing: Sequence[Result], base: str, methods: Sequence[str] = ()) -> list[str]:
+def notes_on(choosing: Sequence[Result], base: str, methods: Sequence[str] = ()) -> list[str]:
     """Return what a reader of the table of one base optimizer must know about learning rates.
 
     Args:
