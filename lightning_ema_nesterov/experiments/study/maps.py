@@ -175,9 +175,11 @@ def _draw_rates(path: Path, title: str, cells: Cells) -> None:
                 style |= {"color": "black", "linewidth": 2.0, "zorder": 3}
             left.plot([lr for lr, _ in curve], losses, **style)
             right.plot([lr / (1.0 - step_size) for lr, _ in curve], losses, **style)
+        lrs = sorted({lr for _, lr in cells})
+        gained = _doublings({lr / (1.0 - s) for s, lr in cells}, start=lrs[0])
         for axes, label, rates in (
-            (left, "learning rate η", sorted({lr for _, lr in cells})),
-            (right, "steady rate, η / (1 - β)", _doublings({lr / (1.0 - s) for s, lr in cells})),
+            (left, "learning rate η", lrs),
+            (right, "steady rate, η / (1 - β)", gained),
         ):
             axes.set_xscale("log", base=2)
             axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
@@ -189,10 +191,11 @@ def _draw_rates(path: Path, title: str, cells: Cells) -> None:
         figure.suptitle(f"{title}: final loss of each step size β")
 
 
-def _doublings(rates: Collection[float]) -> list[float]:
-    """Return rates from the smallest to the largest, each twice the one before."""
-    num = math.floor(math.log2(max(rates) / min(rates)) + 1e-9)
-    return [min(rates) * 2.0**idx for idx in range(num + 1)]
+def _doublings(rates: Collection[float], *, start: float) -> list[float]:
+    """Return the rates in a range that are a power of two times the one to start from."""
+    first = math.ceil(math.log2(min(rates) / start) - 1e-9)
+    last = math.floor(math.log2(max(rates) / start) + 1e-9)
+    return [start * 2.0**power for power in range(first, last + 1)]
 
 
 def _by_reading(found: Sequence[Standing], family: str) -> dict[str, list[tuple[float, Standing]]]:
