@@ -13,7 +13,12 @@ from lightning_ema_nesterov.experiments.study.claim import claim
 from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.report import write_report
-from lightning_ema_nesterov.experiments.study.results import Result, read_events, read_lines
+from lightning_ema_nesterov.experiments.study.results import (
+    Result,
+    read_events,
+    read_lines,
+    write_line,
+)
 from lightning_ema_nesterov.experiments.study.spec import Run
 from lightning_ema_nesterov.experiments.study.tables import judged, standings
 from tests.experiments.toys import Model, result, write
@@ -71,6 +76,17 @@ def _reading(one: Result, share: float | None) -> float:
     if one.is_diverged:
         return float("inf")
     return one.final if share is None else one.at_average[share][-1].value
+
+
+def test_method_that_was_taken_out_is_not_confirmed(tmp_path: Path) -> None:
+    sgd, ema = {"class_path": "SGD", "lrs": [0.05]}, {"class_path": "EMANesterov"}
+    both = {"base_optimizers": {"sgd": sgd}, "seeds": [0], "confirming_seeds": [1]}
+    claim(load_study(write(tmp_path, methods={"none": None, "ema": ema}, **both)), tmp_path / "out")
+    for method in ("none", "ema"):
+        write_line(tmp_path / "out/runs.jsonl", result(method, 0.05, 0, [1.0]))
+    run_study(load_study(write(tmp_path, methods={"none": None}, **both)), tmp_path / "out")
+    found = [(r.run.method, r.run.seed) for r in read_lines(tmp_path / "out/runs.jsonl")]
+    assert found == [("none", 0), ("ema", 0), ("none", 1)]
 
 
 def test_confirming_seeds_are_judged_at_the_rate_that_the_others_chose() -> None:

@@ -62,7 +62,8 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
 
 
 def _confirming_runs(study: Study, out_dir: Path) -> list[Run]:
-    choosing = [r for r in read_lines(out_dir / LINES) if r.run.seed in study.seeds]
+    finished = read_lines(out_dir / LINES)  # also of methods that were taken out since
+    choosing = [r for r in finished if r.run.seed in study.seeds and r.run.method in study.methods]
     found = []
     for base in study.base_optimizers:
         for reading, lr in best_lrs(with_averages(choosing), base).items():
