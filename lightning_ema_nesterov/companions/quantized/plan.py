@@ -1,4 +1,4 @@
-"""What will be done to a model: rotations, quantizers and merged weights, by its own names."""
+"""What a user asked for, and what will be done to the model for it."""
 
 from __future__ import annotations
 

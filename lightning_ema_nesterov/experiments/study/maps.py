@@ -167,8 +167,8 @@ def _draw_rates(path: Path, title: str, cells: Cells) -> None:
     with figure_at(path, height=4.6) as figure:
         left, right = figure.subplots(ncols=2, sharey=True)
         for step_size, colour in zip(step_sizes, colours, strict=True):
-            curve = sorted((lr, loss) for (s, lr), loss in cells.items() if s == step_size)
-            curve = [(lr, loss) for lr, loss in curve if math.isfinite(loss)]
+            of_step_size = ((lr, loss) for (s, lr), loss in cells.items() if s == step_size)
+            curve = sorted((lr, loss) for lr, loss in of_step_size if math.isfinite(loss))
             losses = [loss for _, loss in curve]
             style: dict[str, Any] = {"color": colour, "marker": "o", "label": f"{step_size:g}"}
             if step_size == 0.0:
