@@ -134,29 +134,53 @@ def test_intervals_in_the_text_are_those_of_a_table(page: Path) -> None:
         assert re.sub(r"\s+", " ", interval) in tables
 
 
+def _losses_of_the_choosing_seed(name: str) -> dict[tuple[float, float], float]:
+    """Final losses of AdamW at each learning rate and step size."""
+    study = load_study(STUDIES / f"{name}.yaml")
+    return {
+        (run.lr, study.methods[run.method].lookahead_step_size): result.final
+        for result in read_lines(STUDIES / f"results/{name}/runs.jsonl")
+        for run in [result.run]
+        if run.base == "adamw" and run.seed in study.seeds
+    }
+
+
+def _text(name: str) -> str:
+    return re.sub(r"\s+", " ", (ROOT / name).read_text())
+
+
 def test_what_a_step_size_is_worth_is_read_off_the_curve_of_the_baseline() -> None:
-    text = re.sub(r"\s+", " ", (ROOT / "docs/gain.md").read_text())
-    losses: dict[tuple[float, float], float] = {}
-    study = load_study(STUDIES / "joint_noisy.yaml")
-    for result in read_lines(STUDIES / "results/joint_noisy/runs.jsonl"):
-        if result.run.base == "adamw" and result.run.seed in study.seeds:
-            step_size = study.methods[result.run.method].lookahead_step_size
-            losses[result.run.lr, step_size] = result.final
+    text, losses = _text("docs/gain.md"), _losses_of_the_choosing_seed("joint_noisy")
     step_sizes, low, next_lr = (0.15, 0.3, 0.5, 0.7), 0.001, 0.0014
     slope = losses[low, 0.0] - losses[next_lr, 0.0]
     shares = [(losses[low, 0.0] - losses[low, b]) / slope for b in step_sizes]
     worth = [f"{(next_lr / low) ** share:.2f}" for share in shares]
     assert f"with {worth[0]}, {worth[1]}, {worth[2]} and {worth[3]} times the rate" in text
-    twice = losses[0.004, 0.0] - losses[0.002, 0.0]
-    assert f"Twice the rate of 0.002 ends {twice:.4f} higher" in text
     assert f"ends {losses[0.002, 0.0] - losses[0.002, 0.5]:.4f} lower. That is" in text
     beyond = [losses[lr, b] - losses[lr, 0.0] for lr in (0.0028, 0.004) for b in step_sizes]
     assert f"between {-min(beyond):.4f} lower and {max(beyond):.4f} higher" in text
 
 
+def test_what_twice_the_best_rate_costs_is_the_same_on_each_page() -> None:
+    losses = _losses_of_the_choosing_seed("joint_noisy")
+    assert min((loss, lr) for (lr, b), loss in losses.items() if b == 0.0)[1] == 0.002
+    twice = losses[0.004, 0.0] - losses[0.002, 0.0]
+    assert f"Twice the rate of 0.002 ends {twice:.4f} higher" in _text("docs/gain.md")
+    for name in ("README.md", "docs/results.md", "recipes/studies/README.md"):
+        assert f"rate ends {twice:.2f} higher" in _text(name), name
+
+
+def test_a_rate_that_was_too_low_is_told_from_a_gain() -> None:
+    losses = _losses_of_the_choosing_seed("joint")
+    low = losses[0.004, 0.0]
+    by_lookahead, by_rate = low - losses[0.004, 0.5], low - losses[0.008, 0.0]
+    text = _text("docs/gain.md")
+    assert f"ends {by_lookahead:.3f} lower and twice the rate {by_rate:.3f} lower" in text
+
+
 def test_losses_on_the_page_about_memory_are_those_of_a_table() -> None:
     table = (STUDIES / "results/lean/report/report.md").read_text()
-    text = re.sub(r"\s+", " ", (ROOT / "docs/memory.md").read_text())
+    text = _text("docs/memory.md")
     losses = re.findall(r"\d\.\d{4} ± \d\.\d{4}", text)
     intervals = re.findall(r"[+-]\d\.\d{4} \[[^\]]+\]", text)
     assert len(losses) >= 9
