@@ -122,6 +122,23 @@ def test_best_of_each_step_size_has_the_interval_of_the_table(
     assert any(f"{found[names[3]].lr:g}" in text.get_text() for text in axes.texts)
 
 
+def test_average_without_lookahead_is_shown_where_the_grid_has_0(
+    tmp_path: Path, figures: dict[str, Figure]
+) -> None:
+    every = synthetic(range(3))
+    for one in [one for one in every if one.run.method == "none"]:
+        zero = result("ema[lookahead_step_size=0]", one.run.lr, one.run.seed, [2.0, one.final])
+        lower = result("ema", one.run.lr, one.run.seed, [2.0, one.final - 0.003])
+        zero.at_average[1.0] = lower.val_loss
+        every.append(zero)
+    draw_step_sizes(tmp_path, "sgd", every, standings(with_averages(every), "sgd"))
+    curves = {str(c.get_label()): c for c in figures["sgd_ema_best"].axes[0].containers}
+    for reading, gap in (("iterate", 0.0), ("average, share 1", -0.003)):
+        values = np.asarray(curves[reading][0].get_ydata(), dtype=float)
+        assert len(values) == len(STEP_SIZES)
+        assert values[STEP_SIZES.index(0.0)] == pytest.approx(gap)
+
+
 def test_there_is_no_map_without_two_rates_and_two_step_sizes(tmp_path: Path) -> None:
     every = with_averages(synthetic(range(1)))
     for kept in (

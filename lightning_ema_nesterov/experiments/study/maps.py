@@ -206,8 +206,9 @@ def _by_reading(found: Sequence[Standing], family: str) -> dict[str, list[tuple[
         if match and match[1] == family:
             reading = "iterate" if match[3] is None else f"average, share {match[3]}"
             readings.setdefault(reading, []).append((float(match[2]), standing))
-    if "iterate" in readings:
-        readings["iterate"].append((0.0, found[0]))
+    iterates = readings.get("iterate", [])
+    if iterates and all(step_size for step_size, _ in iterates):
+        iterates.append((0.0, found[0]))
     return {name: sorted(rows, key=lambda row: row[0]) for name, rows in readings.items()}
 
 
