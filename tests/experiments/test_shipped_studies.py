@@ -178,6 +178,18 @@ def test_a_rate_that_was_too_low_is_told_from_a_gain() -> None:
     assert f"ends {by_lookahead:.3f} lower and twice the rate {by_rate:.3f} lower" in text
 
 
+def test_what_is_finished_of_the_joint_study_is_said() -> None:
+    study = load_study(STUDIES / "joint.yaml")
+    results = read_lines(STUDIES / "results/joint/runs.jsonl")
+    section = _text("recipes/studies/README.md").split("## joint ")[1].split("## ")[0]
+    num_choosing = sum(result.run.seed in study.seeds for result in results)
+    finished = f"{num_choosing} of {len(study.runs())} runs of seed 0"
+    assert f"{finished} and {len(results) - num_choosing} of those that confirm" in section
+    losses = re.findall(r" 1\.\d{4}", section)
+    assert len(losses) >= 3
+    assert set(losses) <= {f" {result.final:.4f}" for result in results}
+
+
 def test_losses_on_the_page_about_memory_are_those_of_a_table() -> None:
     table = (STUDIES / "results/lean/report/report.md").read_text()
     text = _text("docs/memory.md")

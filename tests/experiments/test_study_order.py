@@ -121,8 +121,8 @@ def test_joint_study_asks_what_it_promises() -> None:
             step_sizes.setdefault(step_size, set()).add(run.lr)
         assert set(step_sizes) == {-0.3, 0.0, 0.15, 0.3, 0.5, 0.7}
         assert all(len(lrs) == 4 for lrs in step_sizes.values())
-    centre = [(run.base, run.method) for run in runs[:12]]
-    assert len(set(centre)) == 12
+    centre = [(run.base, run.method) for run in runs[:14]]
+    assert len(set(centre)) == 14
     assert {base for base, _ in centre} == {"adamw", "muon"}
 
 

@@ -119,6 +119,23 @@ def test_base_without_confirming_runs_is_shown_with_those_that_chose(
         assert is_waiting is section.startswith("muon"), section
 
 
+def test_methods_with_fewer_seeds_than_the_baseline_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = [
+        ("none", 0, 1.0),
+        ("none", 1, 3.0),
+        ("late", 1, 2.5),
+        ("both", 0, 1.0),
+        ("both", 1, 2.0),
+    ]
+    every = [result(method, 0.1, seed, [loss]) for method, seed, loss in losses]
+    monkeypatch.setattr(report, "read_events", lambda folder: every)
+    text = write_report(tmp_path).with_suffix(".md").read_text()
+    assert "* Fewer seeds than the 2 of the baseline: late (1). A difference is of the" in text
+    assert "| late | 0.1 | 2.5000 | -0.5000 |" in text
+
+
 def test_edge_is_that_of_the_rates_that_the_choosing_seeds_had() -> None:
     """The confirming seeds have one rate only."""
     results = [

@@ -215,7 +215,8 @@ def _by_reading(found: Sequence[Standing], family: str) -> dict[str, list[tuple[
 def _draw_best(
     path: Path, title: str, readings: Mapping[str, list[tuple[float, Standing]]]
 ) -> None:
-    num_seeds = max(len(s.results) for rows in readings.values() for _, s in rows)
+    counts = sorted({len(s.results) for rows in readings.values() for _, s in rows})
+    num_seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     with figure_at(path, height=4.6) as figure:
         axes = figure.subplots()
         axes.axhline(0.0, color="black", linewidth=1.0)
@@ -227,7 +228,7 @@ def _draw_best(
         axes.set_ylabel("difference to the baseline\n(below 0 is better)")
         seeds = (
             f"{num_seeds} seeds, intervals of {CONFIDENCE:.0%}"
-            if num_seeds > 1
+            if counts[-1] > 1
             else "one seed: no interval"
         )
         axes.set_title(f"{title}: the best of each β, with its learning rate\n({seeds})")

@@ -88,6 +88,7 @@ def write_report(study_dir: Path) -> Path:
         said = notes_on(choosing, base, methods) if base in found else []
         if confirmed and base not in confirmed:
             said.insert(0, "Not confirmed yet: this is of the seeds that chose.")
+        said += _seeds_note(found.get(base, []))
         sections.append(_section(folder, base, found.get(base, []), methods, choosing, said))
     sections += _memory_section(folder, found)
     text = "\n\n".join(sections) + "\n"
@@ -96,6 +97,18 @@ def write_report(study_dir: Path) -> Path:
     page.write_text(_html(study_dir.name, text, folder))
     print(f"{text}\nPage: {page}")
     return page
+
+
+def _seeds_note(found: Sequence[Standing]) -> list[str]:
+    trained = [standing for standing in found if method_of(standing.method) == standing.method]
+    num_seeds = len(trained[0].results) if trained else 0
+    fewer = [f"{s.method} ({len(s.results)})" for s in trained if len(s.results) < num_seeds]
+    if not fewer:
+        return []
+    return [
+        f"Fewer seeds than the {num_seeds} of the baseline: {', '.join(fewer)}. "
+        "A difference is of the seeds that both have."
+    ]
 
 
 def _introduction(name: str, study: Mapping[str, Any], results: Sequence[Result]) -> str:
