@@ -185,6 +185,11 @@ def test_what_is_finished_of_the_joint_study_is_said() -> None:
     num_choosing = sum(result.run.seed in study.seeds for result in results)
     finished = f"{num_choosing} of {len(study.runs())} runs of seed 0"
     assert f"{finished} and {len(results) - num_choosing} of those that confirm" in section
+    of_muon = [r for r in results if r.run.base == "muon" and r.run.seed in study.confirming_seeds]
+    finals = {(r.run.method, r.run.seed): r.final for r in of_muon}
+    gaps = [finals["ema[lookahead_step_size=0.5]", s] - finals["none", s] for s in range(1, 9)]
+    halves = f"at {-mean(gaps[:4]):.3f} below the baseline and the next four, which were added"
+    assert f"{halves} for that, {mean(gaps[4:]):.3f} above it" in section
     losses = re.findall(r" 1\.\d{4}", section)
     assert len(losses) >= 3
     assert set(losses) <= {f" {result.final:.4f}" for result in results}

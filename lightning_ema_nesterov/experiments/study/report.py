@@ -85,11 +85,12 @@ def write_report(study_dir: Path) -> Path:
     found = {b: standings(results, b, methods, choosing) for b in bases if b in with_baseline}
     confirmed = {r.run.base for r in results if r.run.seed in confirming}
     for base in (base for base in bases if base in trained):
-        said = notes_on(choosing, base, methods) if base in found else []
+        rows = found.get(base, [])
+        said = notes_on(choosing, base, methods) if rows else []
         if confirmed and base not in confirmed:
             said.insert(0, "Not confirmed yet: this is of the seeds that chose.")
-        said += _seeds_note(found.get(base, []))
-        sections.append(_section(folder, base, found.get(base, []), methods, choosing, said))
+        said += _seeds_note(rows)
+        sections.append(_section(folder, base, rows, methods, choosing, said))
     sections += _memory_section(folder, found)
     text = "\n\n".join(sections) + "\n"
     (folder / "report.md").write_text(text)
