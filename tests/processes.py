@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from io import TextIOWrapper
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +20,23 @@ ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 240.0
 # The first who starts the server decides what it imports: the same for all.
 PRELOADED = ["tests.distributed.worker", "tests.litgpt.runs"]
+
+
+def fork(work: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    """Start a process that is forked from a server, which has imported much and started nothing.
+
+    An interpreter of its own would import torch and Lightning once more.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=work, args=arguments)
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()}):
+        process.start()
+    return process
+
+
+def search_path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def start_processes(work: Callable[..., None], num_processes: int, *arguments: Any) -> None:
@@ -37,9 +55,7 @@ def start_processes(work: Callable[..., None], num_processes: int, *arguments: A
 
 
 class Forked:
-    """A process that is forked from a server, which has imported much and started nothing.
-
-    An interpreter of its own would import torch and Lightning once more.
+    """A process from :func:`fork` with a log.
 
     Args:
         work: What it calls.
@@ -48,14 +64,9 @@ class Forked:
     """
 
     def __init__(self, work: Callable[..., None], *arguments: Any, log: Path) -> None:
-        context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.log = log
         log.touch()
-        self.process = context.Process(target=_with_log, args=(log, work, *arguments))
-        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}):
-            self.process.start()
+        self.process = fork(_with_log, log, work, *arguments)
 
     def output(self) -> str:
         """Return what was printed until now."""

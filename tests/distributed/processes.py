@@ -9,19 +9,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from tests.distributed import cases, worker
 from tests.ports import free_port
-from tests.processes import PRELOADED, environment_of
+from tests.processes import environment_of, fork, search_path
 
-ROOT = Path(__file__).parents[2]
 # Far below the half hour after which a process group gives up on a process that it waits for.
 TIMEOUT_S = 300.0
 # What the others get to notice that one has died, before they are ended.
@@ -96,22 +93,14 @@ def launch(folder: Path, num_processes: int, runs: Sequence[cases.Case]) -> Resu
 def start(
     folder: Path, num_processes: int, runs: Sequence[cases.Case]
 ) -> list[tuple[ForkServerProcess, Path]]:
-    """Start processes as ``torchrun`` would, without its agent: nobody ends the others for them.
-
-    They are forked from a server that has imported everything and started nothing.
-    """
+    """Start processes as ``torchrun`` would, without its agent: nobody ends the others for them."""
     environments: list[dict[str, str]] = [{}]
     if not any(isinstance(run.strategy, cases.OneProcess) for run in runs):
         environments = environments_of(num_processes)
-    context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     started = []
     for environment in environments:
         log = Path(tempfile.mkstemp(suffix=".log", dir=folder)[1])
-        process = context.Process(target=worker.main, args=(folder, log, environment, runs))
-        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()}):
-            process.start()
-        started.append((process, log))
+        started.append((fork(worker.main, folder, log, environment, runs), log))
     return started
 
 
@@ -171,10 +160,6 @@ def run_nodes(folder: Path, num_nodes: int, runs: Sequence[cases.Case]) -> tuple
         for node in nodes:
             node.kill()
     return codes, "\n".join(log.read_text(errors="replace") for log in logs)
-
-
-def search_path() -> str:
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def difference(result: Result, expected: Result, prefix: str = "") -> float:

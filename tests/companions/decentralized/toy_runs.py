@@ -9,11 +9,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,7 +25,7 @@ from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.companions.decentralized import FSPDASA, FSPDASTORM, DoCoM
 from lightning_ema_nesterov.companions.decentralized.callback import DecentralizedCallback
 from tests.ports import free_port
-from tests.processes import PRELOADED, environment_of, measure_first_process_only
+from tests.processes import environment_of, fork, measure_first_process_only
 
 METHODS: dict[str, Callable[..., DecentralizedCallback]] = {
     "sa": FSPDASA,
@@ -263,26 +261,10 @@ def run(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 def spawn(
     folder: Path, num_processes: int, configs: list[dict[str, Any]]
 ) -> list[ForkServerProcess]:
-    """Start processes as ``torchrun`` would, without its agent: nobody ends the others for them.
-
-    They are forked from a server that has imported everything and started nothing.
-    """
+    """Start processes as ``torchrun`` would, without its agent: nobody ends the others for them."""
     port = free_port()
-    context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    processes = []
-    for rank in range(num_processes):
-        environment = environment_of(rank, num_processes, port)
-        process = context.Process(target=main, args=(folder, environment, configs))
-        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()}):
-            process.start()
-        processes.append(process)
-    return processes
-
-
-def search_path() -> str:
-    folders = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")]
-    return os.pathsep.join(filter(None, folders))
+    environments = [environment_of(rank, num_processes, port) for rank in range(num_processes)]
+    return [fork(main, folder, environment, configs) for environment in environments]
 
 
 def codes(processes: list[ForkServerProcess]) -> list[int | None]:
