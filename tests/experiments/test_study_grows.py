@@ -178,3 +178,15 @@ def test_method_whose_runs_all_failed_can_be_changed(
     after = read_lines(tmp_path / "out/runs.jsonl")
     assert after[: len(before)] == before
     assert {result.run.method for result in after} == {"none", "ema"}
+
+
+def test_optimizer_that_the_model_does_not_allow_is_refused_before_the_first_run(
+    tmp_path: Path,
+) -> None:
+    """The toy has no embedding, so nobody can tell its head."""
+    methods = {"ema": {"class_path": "EMANesterov", "lookahead_step_size_by_role": {"head": 0.0}}}
+    scale = {"class_path": "lightning_ema_nesterov.optimizers.SCALE", "lrs": [0.01]}
+    for changes in ({"methods": methods}, {"base_optimizers": {"sgd": SGD, "scale": scale}}):
+        with pytest.raises(ValueError, match="embedding"):
+            run_study(load_study(write(tmp_path, **{**SMALL, **changes})), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

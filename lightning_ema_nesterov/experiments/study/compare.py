@@ -27,7 +27,7 @@ from lightning_ema_nesterov.experiments.study.results import (
 )
 from lightning_ema_nesterov.experiments.study.spec import Run, Study
 from lightning_ema_nesterov.experiments.study.tables import best_lrs
-from lightning_ema_nesterov.experiments.study.train import train_run
+from lightning_ema_nesterov.experiments.study.train import check_optimizers, train_run
 from lightning_ema_nesterov.experiments.typed_commands import typed_command
 
 __all__ = ["LINES", "RUNS", "run_study"]
@@ -45,11 +45,14 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
         num_workers: Runs at the same time, at least 1.
 
     Raises:
-        ValueError: If the folder holds another study, or ``num_workers`` is too small.
+        ValueError: If the folder holds another study, ``num_workers`` is too small, or an
+            optimizer cannot be made for the model.
     """
     if num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, got {num_workers}.")
-    claim(study, out_dir, {result.run for result in read_lines(out_dir / LINES)})
+    finished = {result.run for result in read_lines(out_dir / LINES)}
+    check_optimizers(study, [run for run in study.runs() if run not in finished])
+    claim(study, out_dir, finished)
     print(f"Folder: {out_dir}")
     print(f"Watch: {typed_command('tensorboard', '--logdir', out_dir / RUNS)}")
     try:

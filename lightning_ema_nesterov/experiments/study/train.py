@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,37 @@ from lightning_ema_nesterov.litgpt.roles import set_step_sizes
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer
 from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
 
-__all__ = ["CHECKPOINT", "train_run"]
+__all__ = ["CHECKPOINT", "check_optimizers", "train_run"]
 
 CHECKPOINT = "unfinished.ckpt"
 """File in the folder of a run that is not finished."""
 
 _DEFINITION = "unfinished.json"
 """File beside it, with what decides the result of that run."""
+
+
+def check_optimizers(study: Study, runs: Iterable[Run]) -> None:
+    """Raise if the optimizer of a run cannot be made for the study's model.
+
+    Some need the roles of parameters, which not every model tells. Without this the first run that
+    needs them would fail, after all that come before it.
+
+    Args:
+        study: The study.
+        runs: Some of its runs.
+
+    Raises:
+        ValueError: If one cannot be made; the message names the key.
+    """
+    made: list[tuple[BaseOptimizer, Mapping[str, float]]] = []
+    for run in runs:
+        decides = study.optimizer_of(run), study.methods[run.method].lookahead_step_size_by_role
+        if decides in made:
+            continue
+        made.append(decides)
+        model = _build(study.model, "model")
+        _set_optimizer(model, study, run)
+        model.configure_optimizers()
 
 
 def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -> None:
