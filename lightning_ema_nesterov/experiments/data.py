@@ -44,6 +44,11 @@ class TextWindows(LightningDataModule):
         self.num_validation_windows = num_validation_windows
         self._num_batches = 0
 
+    @property
+    def tokens_per_batch(self) -> int:
+        """Inputs in a batch, from which a study tells tokens per second."""
+        return self.batch_size * self.window_size
+
     @override
     def setup(self, stage: str) -> None:
         """Read and split the text."""

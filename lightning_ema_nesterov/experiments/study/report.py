@@ -91,7 +91,7 @@ def write_report(study_dir: Path) -> Path:
             said.insert(0, "Not confirmed yet: this is of the seeds that chose.")
         said += _seeds_note(rows)
         sections.append(_section(folder, base, rows, methods, choosing, said))
-    sections += _memory_section(folder, found)
+    sections += [*_memory_section(folder, found), *_speed_section(found)]
     text = "\n\n".join(sections) + "\n"
     (folder / "report.md").write_text(text)
     page = folder / "report.html"
@@ -193,6 +193,25 @@ def _memory_section(folder: Path, found: Mapping[str, Sequence[Standing]]) -> li
         "## Optimizer memory\n\nBold: nothing that keeps less ends as low.\n\n"
         f"![Final loss over optimizer memory]({picture.name})\n\n{memory_table(points)}"
     ]
+
+
+def _speed_section(found: Mapping[str, Sequence[Standing]]) -> list[str]:
+    """Return what a GPU had to do; the CPU time of a process is only good for ratios."""
+    rows = []
+    for base, standing in ((b, s) for b, own in found.items() for s in own):
+        runs = standing.results.values()
+        memory = [r.peak_memory for r in runs if r.peak_memory is not None]
+        if not memory or method_of(standing.method) != standing.method:
+            continue
+        speeds = [r.tokens_per_second for r in runs if r.tokens_per_second is not None]
+        rows.append(
+            f"| {base} | {standing.method} | {standing.step_seconds:.4f} | "
+            f"{f'{mean(speeds):,.0f}' if speeds else ''} | {max(memory) / 2**30:.2f} |"
+        )
+    if not rows:
+        return []
+    head = "| base | method | seconds a step | tokens per second | peak memory, GiB |"
+    return ["\n".join(["## Speed and memory of the GPU\n", head, "|---|---|---|---|---|", *rows])]
 
 
 def _mean_difference(standing: Standing) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from lightning_ema_nesterov.experiments.study.spec import Run
 
 __all__ = [
     "DIVERGED",
+    "PEAK_MEMORY",
     "STATE_BYTES",
     "STATE_PER_PARAMETER",
     "STEP_SECONDS",
+    "TOKENS_PER_SECOND",
     "Result",
     "method_of",
     "read_event_folder",
@@ -34,6 +36,12 @@ STATE_PER_PARAMETER = "study/state_per_parameter"
 
 STATE_BYTES = "study/state_bytes"
 """Tag of the bytes that the optimizer keeps, at most."""
+
+TOKENS_PER_SECOND = "study/tokens_per_second"
+"""Tag of the tokens of a step over its time, where the data have ``tokens_per_batch``."""
+
+PEAK_MEMORY = "study/peak_memory"
+"""Tag of the most memory of a GPU that tensors had at once. Unit: bytes."""
 
 DIVERGED = "study/diverged"
 """Tag of the last scalar of a run: 1 where the loss was not finite, else 0."""
@@ -60,6 +68,8 @@ class Result:
             were logged; ``None`` if there was none.
         at_average: Validation losses at shares of the way to the average, by share.
         state_bytes: Bytes that the optimizer keeps; ``None`` in lines of former versions.
+        tokens_per_second: Tokens of a step over its time; ``None`` where the data do not say.
+        peak_memory: Most bytes of a GPU that tensors had at once; ``None`` on a CPU.
     """
 
     run: Run
@@ -71,6 +81,8 @@ class Result:
     lookahead_steps: tuple[int, int] | None = None
     at_average: dict[float, list[Point]] = field(default_factory=dict)
     state_bytes: int | None = None
+    tokens_per_second: float | None = None
+    peak_memory: int | None = None
 
     @property
     def final(self) -> float:
@@ -164,8 +176,16 @@ def _read_events(folder: Path) -> Result | None:
             for tag, points in scalars.items()
             if tag.startswith(_AT_AVERAGE)
         },
-        state_bytes=int(scalars[STATE_BYTES][-1].value) if STATE_BYTES in scalars else None,
+        state_bytes=_last_int(scalars, STATE_BYTES),
+        tokens_per_second=scalars[TOKENS_PER_SECOND][-1].value
+        if TOKENS_PER_SECOND in scalars
+        else None,
+        peak_memory=_last_int(scalars, PEAK_MEMORY),
     )
+
+
+def _last_int(scalars: Mapping[str, list[Point]], tag: str) -> int | None:
+    return int(scalars[tag][-1].value) if tag in scalars else None
 
 
 def write_line(path: Path, result: Result) -> None:
@@ -180,6 +200,10 @@ def write_line(path: Path, result: Result) -> None:
         "lookahead_steps": result.lookahead_steps,
         "val_loss": _as_lists(result.val_loss),
     }
+    if result.tokens_per_second is not None:
+        line["tokens_per_second"] = round(result.tokens_per_second, 1)
+    if result.peak_memory is not None:
+        line["peak_memory"] = result.peak_memory
     if result.at_average:
         line["at_average"] = {f"{s:g}": _as_lists(v) for s, v in result.at_average.items()}
     is_cut = path.exists() and not path.read_bytes().endswith(b"\n")
@@ -216,4 +240,6 @@ def _read_lines(lines: Iterable[str]) -> Iterable[Result]:
             tuple(line["lookahead_steps"]) if line.get("lookahead_steps") else None,
             {float(s): [Point(*p) for p in v] for s, v in line.get("at_average", {}).items()},
             line.get("state_bytes"),
+            line.get("tokens_per_second"),
+            line.get("peak_memory"),
         )

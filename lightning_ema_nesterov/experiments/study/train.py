@@ -95,7 +95,7 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
     _set_optimizer(model, study, run)
     # Other processes on the machine do not count for a run on its CPU.
     clock = time.process_time if study.accelerator == "cpu" else time.perf_counter
-    watch = Watch(clock, study.accumulate_grad_batches)
+    watch = Watch(clock)
     method = study.methods[run.method]
     own = (*study.callbacks, *study.optimizer_of(run).callbacks)
     callbacks = [watch, *(_build(spec, "callbacks") for spec in own)]

@@ -15,15 +15,14 @@ from typing_extensions import override
 
 from lightning_ema_nesterov.experiments.study.results import (
     DIVERGED,
+    PEAK_MEMORY,
     STATE_BYTES,
     STATE_PER_PARAMETER,
     STEP_SECONDS,
+    TOKENS_PER_SECOND,
 )
 
-__all__ = ["PEAK_MEMORY", "KeepsLast", "Watch"]
-
-PEAK_MEMORY = "study/peak_memory"
-"""Tag of the most memory of a GPU that tensors had at once. Unit: bytes."""
+__all__ = ["KeepsLast", "Watch"]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -37,20 +36,29 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 class Watch(Callback):
     """Times the steps, and ends a run whose loss is not finite.
 
+    The time of a step is that of all batches that it accumulates, without loading them.
+
     Args:
         clock: Returns seconds.
-        num_batches: Batches of a step.
     """
 
-    def __init__(self, clock: Callable[[], float], num_batches: int = 1) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self.num_batches = num_batches
         self.seconds: list[float] = []
         self.is_diverged = False
         self.val_loss: float | None = None
         self.state_elements = 0
         self.state_bytes = 0
+        self.peak_memory = 0
         self._started = 0.0
+        self._seconds_of_step = 0.0
+        self._num_steps = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._num_steps = trainer.global_step
+        if pl_module.device.type == "cuda":  # of the run before in this process it says nothing
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     @override
     def on_train_batch_start(
@@ -62,8 +70,12 @@ class Watch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.seconds.append(self.clock() - self._started)
-        if not math.isfinite(float(outputs["loss"])):
+        loss = float(outputs["loss"])  # waits for a GPU: for the optimizer's step too
+        self._seconds_of_step += self.clock() - self._started
+        if trainer.global_step > self._num_steps or not math.isfinite(loss):
+            self.seconds.append(self._seconds_of_step)
+            self._num_steps, self._seconds_of_step = trainer.global_step, 0.0
+        if not math.isfinite(loss):
             self.is_diverged = True
             trainer.should_stop = True
             # The method would advise another warmup; until the run's end nobody wants to hear that.
@@ -75,6 +87,16 @@ class Watch(Callback):
         kept = [t for entry in optimizer.state.values() for t in _tensors(entry) if t.ndim]
         self.state_elements = max(self.state_elements, sum(t.numel() for t in kept))
         self.state_bytes = max(self.state_bytes, sum(t.nbytes for t in kept))
+        self._note_memory(pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._note_memory(pl_module)
+
+    def _note_memory(self, pl_module: LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            most = torch.cuda.max_memory_allocated(pl_module.device)
+            self.peak_memory = max(self.peak_memory, most)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,6 +111,7 @@ class Watch(Callback):
             "val_loss": self.val_loss,
             "state_elements": self.state_elements,
             "state_bytes": self.state_bytes,
+            "peak_memory": self.peak_memory,
         }
 
     @override
@@ -97,6 +120,7 @@ class Watch(Callback):
         self.val_loss = state_dict["val_loss"]
         self.state_elements = state_dict["state_elements"]
         self.state_bytes = state_dict["state_bytes"]
+        self.peak_memory = state_dict["peak_memory"]
 
     def write(self, trainer: Trainer, hyperparameters: dict[str, Any]) -> None:
         """Add what is known after the run to its event file.
@@ -113,12 +137,20 @@ class Watch(Callback):
             raise ValueError(f"model must log val_loss in validation, and {name} did not.")
         val_loss = math.nan if self.val_loss is None else self.val_loss
         elements = sum(p.numel() for p in trainer.lightning_module.parameters())
+        step_seconds = statistics.median(self.seconds)
+        # A user's own data need not know what a token is.
+        tokens = getattr(trainer.datamodule, "tokens_per_batch", None)  # type: ignore[attr-defined]
+        known = {}
+        if tokens is not None:
+            known[TOKENS_PER_SECOND] = tokens * trainer.accumulate_grad_batches / step_seconds
+        if self.peak_memory:
+            known[PEAK_MEMORY] = float(self.peak_memory)
         [logger] = trainer.loggers
         logger.log_hyperparams(hyperparameters, {"hp/val_loss": val_loss})
         logger.log_metrics(
             {
-                STEP_SECONDS: self.num_batches * statistics.median(self.seconds),
-                **_peak_memory(trainer),
+                STEP_SECONDS: step_seconds,
+                **known,
                 STATE_PER_PARAMETER: self.state_elements / elements,
                 STATE_BYTES: float(self.state_bytes),
                 DIVERGED: float(self.is_diverged or not math.isfinite(val_loss)),
@@ -126,13 +158,6 @@ class Watch(Callback):
             step=max(0, trainer.global_step - 1),
         )
         logger.finalize("success")
-
-
-def _peak_memory(trainer: Trainer) -> dict[str, float]:
-    device = trainer.strategy.root_device
-    if device.type != "cuda":
-        return {}
-    return {PEAK_MEMORY: float(torch.cuda.max_memory_allocated(device))}
 
 
 class KeepsLast(Callback):
