@@ -61,7 +61,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
 def draw(folder: Path) -> list[Path]:
     choosing, every = synthetic(range(1)), synthetic(range(5))
     found = standings(judged(every, [1, 2, 3, 4]), "sgd")
-    return draw_step_sizes(folder, "sgd", choosing, found)
+    return list(draw_step_sizes(folder, "sgd", choosing, found))
 
 
 def test_map_shows_every_loss_and_the_line_of_equal_steps(
@@ -78,6 +78,7 @@ def test_map_shows_every_loss_and_the_line_of_equal_steps(
             is_diverged = step_size == 0.7 and lr == 0.016
             assert text.get_text() == ("diverged" if is_diverged else f"{loss:.4f}")
             assert (text.get_fontweight() == "bold") is (loss == min(losses.values()))
+    assert axes.get_title().startswith("sgd, ema (seed 0): ")
     [line] = axes.get_lines()
     best_lr = min(LRS, key=lambda lr: synthetic_loss(0.0, lr, 0))
     for x, y in np.asarray(line.get_data(), dtype=float).T:
@@ -113,13 +114,16 @@ def test_best_of_each_step_size_has_the_interval_of_the_table(
     line, _, [bars] = curves["iterate"]
     values = np.asarray(line.get_ydata(), dtype=float)
     assert len(values) == len(STEP_SIZES)
+    averages = np.asarray(curves["average, share 1"][0].get_ydata(), dtype=float)
+    # The baseline has no average: the line is broken there.
+    assert [math.isnan(value) for value in averages] == [not s for s in STEP_SIZES]
     names = [f"ema[lookahead_step_size={s}]" if s else "none" for s in STEP_SIZES]
     for value, segment, name in zip(values, bars.get_segments(), names, strict=True):
         gap = found[name].difference
         assert value == pytest.approx(gap.mean)
         assert segment[:, 1] == pytest.approx([gap.low, gap.high])
     assert "4 seeds, intervals of 95%" in axes.get_title()
-    assert any(f"{found[names[3]].lr:g}" in text.get_text() for text in axes.texts)
+    assert [text.get_text() for text in axes.texts] == [f"η {found[name].lr:g}" for name in names]
 
 
 def test_average_without_lookahead_is_shown_where_the_grid_has_0(
@@ -147,7 +151,7 @@ def test_there_is_no_map_without_two_rates_and_two_step_sizes(tmp_path: Path) ->
         [r for r in every if r.run.lr == 0.004],
         [r for r in every if r.run.method == "none"],
     ):
-        assert draw_step_sizes(tmp_path, "sgd", kept, standings(kept, "sgd")) == []
+        assert draw_step_sizes(tmp_path, "sgd", kept, standings(kept, "sgd")) == {}
     assert not list(tmp_path.iterdir())
 
 
@@ -160,3 +164,4 @@ def test_report_shows_all_three_and_the_table(
         assert f"]({name})" in text
         assert (tmp_path / "report" / name).exists()
     assert "| ema[lookahead_step_size=0.3] @ 1 |" in text
+    assert text.count("dashed line") == 1

@@ -229,5 +229,21 @@ def test_frontier_holds_what_nothing_smaller_beats(tmp_path: Path) -> None:
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_of_a_grid_the_lowest_is_the_one_with_its_memory() -> None:
+    losses = {"none": 3.0, "ema[beta=0.3]": 2.0, "ema[beta=0.5]": 1.0}
+    results = [result(m, 0.1, 0, [loss], state_bytes=2048) for m, loss in losses.items()]
+    points = memory_points({"sgd": standings(results, "sgd")})
+    assert [p.method for p in points] == ["ema[beta=0.5]", "none"]
+
+
+def test_a_method_with_fewer_seeds_is_compared_on_those() -> None:
+    results = [result("none", 0.1, seed, [5.0 - seed, 4.0 - seed]) for seed in range(3)]
+    results.append(result("ema", 0.1, 0, [4.5, 3.9], step_seconds=0.3))
+    _, ema = standings(results, "sgd")
+    assert ema.steps_to_target == 20  # of 4.0, not of the mean of all, 3.0
+    assert ema.difference.mean == pytest.approx(-0.1)
+    assert ema.step_time == pytest.approx(3.0)
+
+
 def test_memory_is_left_out_where_lines_do_not_know_it() -> None:
     assert memory_points({"sgd": standings([result("none", 0.1, 0, [1.0])], "sgd")}) == []

@@ -39,16 +39,22 @@ class MemoryPoint:
 def memory_points(found: Mapping[str, Sequence[Standing]]) -> list[MemoryPoint]:
     """Return what did not diverge and whose memory is known, the smallest first.
 
+    Of a grid on one base optimizer it is the lowest of those that keep as much.
+
     Args:
         found: Standings by base optimizer.
     """
-    points = []
+    lowest: dict[tuple[str, str, float], MemoryPoint] = {}
     for base, standings in found.items():
         for s in standings:
             kept = [r.state_bytes for r in s.results.values() if r.state_bytes is not None]
-            if len(kept) == len(s.results) and all(map(math.isfinite, s.finals)):
-                points.append(MemoryPoint(base, s.method, max(kept) / 1024, tuple(s.finals)))
-    return sorted(points, key=lambda point: (point.kib, point.loss))
+            if len(kept) < len(s.results) or not all(map(math.isfinite, s.finals)):
+                continue
+            point = MemoryPoint(base, s.method, max(kept) / 1024, tuple(s.finals))
+            alike = (base, s.method.partition("[")[0], point.kib)
+            if alike not in lowest or point.loss < lowest[alike].loss:
+                lowest[alike] = point
+    return sorted(lowest.values(), key=lambda point: (point.kib, point.loss))
 
 
 def frontier(points: Sequence[MemoryPoint]) -> list[MemoryPoint]:

@@ -13,11 +13,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import AsinhNorm
+from matplotlib.patheffects import withStroke
 
 from lightning_ema_nesterov.experiments.study.figures import figure_at
 from lightning_ema_nesterov.experiments.study.results import Result
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
-from lightning_ema_nesterov.experiments.study.tables import CONFIDENCE, Standing
+from lightning_ema_nesterov.experiments.study.tables import CONFIDENCE, Interval, Standing
 
 __all__ = ["draw_step_sizes"]
 
@@ -26,10 +28,17 @@ Cells = Mapping[tuple[float, float], float]
 
 _NAME = re.compile(r"(.*)\[lookahead_step_size=([^,\]]+)\](?: @ (.*))?")
 
+_IN_WORDS = {
+    "map": "Final loss over learning rate and step size",
+    "rates": "The same losses as curves",
+    "best": "Each step size against the baseline",
+}
+"""What the figures show, by the end of their names."""
+
 
 def draw_step_sizes(
     folder: Path, base: str, choosing: Sequence[Result], found: Sequence[Standing]
-) -> list[Path]:
+) -> dict[Path, str]:
     r"""Draw final losses over learning rate and step size, and the best loss of each step size.
 
     The map is of the runs that choose the learning rate. The line in it goes through the baseline's
@@ -45,21 +54,28 @@ def draw_step_sizes(
         found: Standings on the base optimizer, of the seeds that are compared.
 
     Returns:
-        The files: none unless a method has a grid over ``lookahead_step_size`` alone, and several
-        learning rates.
+        The files, and what they show in words: none unless a method has a grid over
+        ``lookahead_step_size`` alone, and several learning rates.
     """
     families = dict.fromkeys(match[1] for s in found if (match := _NAME.fullmatch(s.method)))
-    paths = []
+    of_seeds = _of_seeds(choosing)
+    shown = {}
     for family in families:
         cells = _cells(choosing, base, family)
         if min(len({key[axis] for key in cells}) for axis in (0, 1)) < 2:
             continue
-        files = [folder / f"{base}_{family}_{kind}.png" for kind in ("map", "rates", "best")]
-        _draw_map(files[0], f"{base}, {family}", cells)
-        _draw_rates(files[1], f"{base}, {family}", cells)
-        _draw_best(files[2], f"{base}, {family}", _by_reading(found, family))
-        paths += files
-    return paths
+        files = {folder / f"{base}_{family}_{kind}.png": text for kind, text in _IN_WORDS.items()}
+        of_map, of_rates, of_best = files
+        _draw_map(of_map, f"{base}, {family} ({of_seeds})", cells)
+        _draw_rates(of_rates, f"{base}, {family} ({of_seeds})", cells)
+        _draw_best(of_best, f"{base}, {family}", _by_reading(found, family))
+        shown.update(files)
+    return shown
+
+
+def _of_seeds(results: Iterable[Result]) -> str:
+    seeds = sorted({result.run.seed for result in results})
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
 
 
 def _cells(results: Iterable[Result], base: str, family: str) -> dict[tuple[float, float], float]:
@@ -93,8 +109,11 @@ def _draw_map(path: Path, title: str, cells: Cells) -> None:
         edges = [2.0**x for x in _edges([math.log2(lr) for lr in lrs])]
         rows = _edges(list(range(len(step_sizes))))
         shown = np.where(np.isinf(gaps), math.nan, gaps)
-        image = axes.pcolormesh(edges, rows, shown, cmap="RdBu_r", vmin=-bound, vmax=bound)
-        _write_losses(axes, lrs, losses, gaps, bound)
+        # Linear near the baseline, where the step size decides, and logarithmic beyond.
+        most = float(np.nanmax(np.abs(shown), initial=bound))
+        scale = AsinhNorm(linear_width=bound / 3, vmin=-most, vmax=most)
+        image = axes.pcolormesh(edges, rows, shown, cmap="RdBu_r", norm=scale)
+        _write_losses(axes, lrs, losses, np.abs(scale(gaps) - 0.5))
         _draw_line(axes, best_lr, step_sizes, (edges[0], edges[-1]))
         axes.set_xscale("log", base=2)
         axes.set_xlim(edges[0], edges[-1])
@@ -104,13 +123,21 @@ def _draw_map(path: Path, title: str, cells: Cells) -> None:
         axes.set_xlabel("learning rate η")
         axes.set_title(f"{title}: final loss; bold: the best of each β")
         figure.legend(loc="outside lower center", fontsize="small")
-        figure.colorbar(
-            image, extend="both", label="difference to the baseline's best\n(below 0 is better)"
-        )
+        bar = figure.colorbar(image, label="difference to the baseline's best\n(below 0 is better)")
+        ticks = _ticks(bound / 3, most)
+        bar.set_ticks(ticks, labels=[f"{tick:+g}" if tick else "0" for tick in ticks], minor=False)
+        bar.minorticks_off()
+
+
+def _ticks(least: float, most: float) -> list[float]:
+    """Return 0 and round numbers on both sides of it, of these sizes."""
+    known = (float(f"{m}e{power}") for power in range(-9, 9) for m in (1, 2, 5))
+    sizes = [value for value in known if least <= value <= most]
+    return [*(-value for value in reversed(sizes)), 0.0, *sizes]
 
 
 def _colour_bound(gaps: np.ndarray) -> float:
-    """Return the end of the scale: the middle of all differences, or twice the largest gain."""
+    """Return where colours are strong: the middle of all differences, or twice the largest gain."""
     if not gaps.size:
         return 1.0
     return max(-2.0 * float(gaps.min()), float(np.median(np.abs(gaps)))) or 1.0
@@ -123,22 +150,24 @@ def _edges(centres: Sequence[float]) -> list[float]:
 
 
 def _write_losses(
-    axes: Axes, lrs: Sequence[float], losses: np.ndarray, gaps: np.ndarray, bound: float
+    axes: Axes, lrs: Sequence[float], losses: np.ndarray, strengths: np.ndarray
 ) -> None:
     for i, j in np.ndindex(losses.shape):
         loss = losses[i, j]
         if math.isnan(loss):
             continue
+        is_dark = math.isfinite(loss) and strengths[i, j] > 0.35
         is_best = loss == np.nanmin(losses[i]) and math.isfinite(loss)
         axes.text(
             lrs[j],
             i,
             f"{loss:.4f}" if math.isfinite(loss) else "diverged",
-            color="white" if 0.7 * bound < abs(gaps[i, j]) < math.inf else "black",
+            color="white" if is_dark else "black",
             fontweight="bold" if is_best else "normal",
             ha="center",
             va="center",
             fontsize="small",
+            path_effects=[withStroke(linewidth=2.5, foreground="black" if is_dark else "white")],
         )
 
 
@@ -155,9 +184,9 @@ def _draw_line(
         heights[inside],
         color="black",
         linestyle="--",
-        alpha=0.6,
         zorder=1.5,  # below the numbers
-        label="η / (1 - β) is the baseline's best η",
+        path_effects=[withStroke(linewidth=3.5, foreground="white")],
+        label="η / (1 - β) = the baseline's best η: steady updates are as large",
     )
 
 
@@ -179,15 +208,15 @@ def _draw_rates(path: Path, title: str, cells: Cells) -> None:
         gained = _doublings({lr / (1.0 - s) for s, lr in cells}, start=lrs[0])
         for axes, label, rates in (
             (left, "learning rate η", lrs),
-            (right, "steady rate, η / (1 - β)", gained),
+            (right, "learning rate of a steady update, η / (1 - β)", gained),
         ):
             axes.set_xscale("log", base=2)
             axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
             axes.set_xlabel(label)
         left.set_ylabel("final loss")
         left.legend(title="β", fontsize="small")
-        left.set_title("one curve here: the step size does nothing", fontsize="medium")
-        right.set_title("one curve here: it is a larger learning rate", fontsize="medium")
+        left.set_title("the curves are one if β does nothing", fontsize="medium")
+        right.set_title("the curves are one if β is only a larger learning rate", fontsize="medium")
         figure.suptitle(f"{title}: final loss of each step size β")
 
 
@@ -220,8 +249,11 @@ def _draw_best(
     with figure_at(path, height=4.6) as figure:
         axes = figure.subplots()
         axes.axhline(0.0, color="black", linewidth=1.0)
+        lrs = {s.lr for rows in readings.values() for _, s in rows}
+        betas = sorted({beta for rows in readings.values() for beta, _ in rows})
         for idx, (reading, rows) in enumerate(readings.items()):
-            _draw_reading(axes, reading, rows, shift=0.012 * (idx - (len(readings) - 1) / 2))
+            shift = 0.012 * (idx - (len(readings) - 1) / 2)
+            _draw_reading(axes, reading, dict(rows), betas, shift=shift, has_lrs=len(lrs) > 1)
         axes.legend(fontsize="small")
         axes.margins(x=0.1)
         axes.set_xlabel("lookahead step size β (0: the baseline)")
@@ -231,29 +263,35 @@ def _draw_best(
             if counts[-1] > 1
             else "one seed: no interval"
         )
-        axes.set_title(f"{title}: the best of each β, with its learning rate\n({seeds})")
+        rate = "its own best η" if len(lrs) > 1 else f"η {lrs.pop():g}, the best of each"
+        axes.set_title(f"{title}: each β at {rate}\n({seeds})")
 
 
 def _draw_reading(
-    axes: Axes, reading: str, rows: Sequence[tuple[float, Standing]], *, shift: float
+    axes: Axes,
+    reading: str,
+    rows: Mapping[float, Standing],
+    betas: Sequence[float],
+    *,
+    shift: float,
+    has_lrs: bool,
 ) -> None:
-    known = [(beta, s) for beta, s in rows if math.isfinite(s.difference.mean)]
-    means = [s.difference.mean for _, s in known]
-    margins = [s.difference.high - s.difference.mean for _, s in known]
+    nowhere = Interval(math.nan, math.nan, math.nan)  # the line is broken where one is missing
+    found = [rows[beta].difference if beta in rows else nowhere for beta in betas]
+    means = [d.mean if math.isfinite(d.mean) else math.nan for d in found]
+    margins = [d.high - d.mean if math.isfinite(d.high) else 0.0 for d in found]
     axes.errorbar(
-        [beta + shift for beta, _ in known],
-        means,
-        [margin if math.isfinite(margin) else 0.0 for margin in margins],
-        marker="o",
-        capsize=3,
-        label=reading,
+        [beta + shift for beta in betas], means, margins, marker="o", capsize=3, label=reading
     )
-    if reading == "iterate":
-        for (beta, standing), value in zip(known, means, strict=True):
+    if reading != "iterate" or not has_lrs:
+        return
+    for beta, value, margin in zip(betas, means, margins, strict=True):
+        if beta in rows and math.isfinite(value):
             axes.annotate(
-                f"η {standing.lr:g}",
-                (beta + shift, value),
-                xytext=(5, 7),
+                f"η {rows[beta].lr:g}",
+                (beta + shift, value + margin),
+                xytext=(0, 5),
                 textcoords="offset points",
+                ha="center",
                 fontsize="small",
             )

@@ -45,6 +45,12 @@ from lightning_ema_nesterov.experiments.study.tables import (
 
 __all__ = ["write_report"]
 
+_HOW_TO_READ_MAPS = (
+    "On the dashed line of a map a steady update is as large as the baseline's at its best "
+    "learning rate. Were β only a larger learning rate, the loss would be as low all along that "
+    "line, and the curves on the right of the next picture would be one."
+)
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 88rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-size: 0.8rem; display: block; overflow-x: auto; }
@@ -91,6 +97,8 @@ def write_report(study_dir: Path) -> Path:
             said.insert(0, "Not confirmed yet: this is of the seeds that chose.")
         said += _seeds_note(rows)
         sections.append(_section(folder, base, rows, methods, choosing, said))
+    if any("_map.png)" in section for section in sections):
+        sections.insert(1, _HOW_TO_READ_MAPS)
     sections += [*_memory_section(folder, found), *_speed_section(found)]
     text = "\n\n".join(sections) + "\n"
     (folder / "report.md").write_text(text)
@@ -126,8 +134,12 @@ def _introduction(name: str, study: Mapping[str, Any], results: Sequence[Result]
     if set(confirming) & set(seeds):
         chosen = (
             "that choice was made on the other seeds, for the iterate and each average, and the "
-            f"tables are of the seeds {', '.join(map(str, confirming))}, which chose nothing"
+            f"tables are of the seeds {', '.join(str(s) for s in confirming if s in seeds)}, which "
+            "chose nothing, unless they say otherwise"
         )
+    gained = ""
+    if study.get("has_gained_baseline", True):
+        gained = ", so the baseline is shown at that learning rate too"
     return (
         f"# {name}\n\n{settings}{len(results)} finished runs, seeds "
         f"{', '.join(map(str, seeds))}, {num_diverged} diverged.\n\n"
@@ -136,8 +148,8 @@ def _introduction(name: str, study: Mapping[str, Any], results: Sequence[Result]
         "one at the edge of those tried: a better one may lie beyond. Losses are mean ± standard "
         "deviation over seeds. Differences are paired by seed, with a "
         f"{CONFIDENCE:.0%} confidence interval. β is the lookahead step size: a steady update "
-        "grows by 1 / (1 - β), so the baseline is shown at that learning rate too. Extra "
-        "state is in elements per parameter; step times are relative to the baseline's."
+        f"becomes 1 / (1 - β) times as large{gained}. Extra state is in elements per "
+        "parameter; step times are relative to the baseline's."
     )
 
 
@@ -152,10 +164,12 @@ def _section(
     if not found:
         return f"## {base}\n\nNo run of the baseline is finished yet."
     said = "\n".join(f"* {note}" for note in notes)
-    grids = [*draw_grids(folder, base, found), *draw_step_sizes(folder, base, choosing, found)]
-    if grids:
+    grids = draw_grids(folder, base, found)
+    step_sizes = draw_step_sizes(folder, base, choosing, found)
+    if grids or step_sizes:
         table = markdown_table([found[0], *sorted(found[1:], key=_mean_difference)])
         pictures = [f"![Differences to the baseline]({path.name})" for path in grids]
+        pictures += [f"![{text}]({path.name})" for path, text in step_sizes.items()]
         return "\n\n".join(filter(None, [f"## {base}", *pictures, table, said]))
     curves, rates = folder / f"{base}_curves.png", folder / f"{base}_learning_rates.png"
     shown = _without_worse_shares(found)
@@ -185,7 +199,8 @@ def _memory_section(folder: Path, found: Mapping[str, Sequence[Standing]]) -> li
     # An average is another reading of the same run.
     trained = {b: [s for s in own if method_of(s.method) == s.method] for b, own in found.items()}
     points = memory_points(trained)
-    if len({point.base for point in points}) < 2:
+    seeds = {frozenset(s.results) for own in trained.values() for s in own}
+    if len({point.base for point in points}) < 2 or len(seeds) > 1:  # means of other seeds differ
         return []
     picture = folder / "memory.png"
     draw_frontier(picture, points)

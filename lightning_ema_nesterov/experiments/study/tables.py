@@ -28,17 +28,10 @@ __all__ = [
 CONFIDENCE = 0.95
 """Confidence of the intervals of paired differences."""
 
-HEAD = [
-    "method",
-    "learning rate",
-    "final loss",
-    "difference to the baseline",
-    "baseline at lr / (1 - β)",
-    "steps to the baseline's final loss",
-    "seconds to it",
-    "extra state",
-    "step time",
-]
+HEAD = (
+    "method | learning rate | final loss | difference to the baseline | baseline at lr / (1 - β) | "
+    "steps to the baseline's final loss | seconds to it | extra state | step time"
+)
 
 
 class Interval(NamedTuple):
@@ -63,7 +56,7 @@ class Standing:
         gained: The baseline's final losses at ``lr / (1 - step size)``; empty where it has none.
         gained_lr: That learning rate.
         steps_to_target: Steps after which the mean loss was first as low as the mean final loss of
-            the baseline; ``None`` if never.
+            the baseline with these seeds; ``None`` if never.
         extra_state: Elements per parameter that the baseline's optimizer does not keep.
         step_time: Time of a step over that of the baseline.
     """
@@ -93,7 +86,7 @@ class Standing:
 def by_lr(results: Sequence[Result], base: str, method: str) -> dict[float, dict[int, Result]]:
     """Return the results of one method on one base optimizer, by learning rate and seed."""
     chosen = [r for r in results if (r.run.base, r.run.method) == (base, method)]
-    lrs = sorted({result.run.lr for result in chosen})
+    lrs = sorted({r.run.lr for r in chosen})
     return {lr: {r.run.seed: r for r in chosen if r.run.lr == lr} for lr in lrs}
 
 
@@ -168,10 +161,11 @@ def _standing(
 ) -> Standing:
     lr = _best_lr(rows)
     chosen = rows[lr]
+    shared = {seed: best[seed] for seed in chosen if seed in best} or best
     step_size = max(result.step_size for result in chosen.values())
     gained_lr = float(f"{lr / (1.0 - round(step_size, 6)):.3g}")
     has_gain = method != BASELINE and step_size > 0 and gained_lr in baseline
-    target = mean(result.final for result in best.values())
+    target = mean(result.final for result in shared.values())
     reached = (step for step, loss, _ in mean_curve(chosen.values()) if loss <= target)
     return Standing(
         method=method,
@@ -182,8 +176,8 @@ def _standing(
         gained=[r.final for r in baseline[gained_lr].values()] if has_gain else [],
         gained_lr=gained_lr,
         steps_to_target=next(reached, None),
-        extra_state=_mean(chosen, "state_per_parameter") - _mean(best, "state_per_parameter"),
-        step_time=_mean(chosen, "step_seconds") / _mean(best, "step_seconds"),
+        extra_state=_mean(chosen, "state_per_parameter") - _mean(shared, "state_per_parameter"),
+        step_time=_mean(chosen, "step_seconds") / _mean(shared, "step_seconds"),
     )
 
 
@@ -241,9 +235,12 @@ def mean_curve(results: Iterable[Result]) -> list[tuple[int, float, float]]:
 
 
 def markdown_table(found: Sequence[Standing]) -> str:
-    """Return the standings of one base optimizer as a Markdown table."""
-    rows = [HEAD, ["---"] * len(HEAD), *map(_cells, found)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    """Return the standings of one base optimizer as a Markdown table, without empty columns."""
+    columns = [
+        (c[0], "---", *c[1:]) for c in zip(HEAD.split(" | "), *map(_cells, found), strict=True)
+    ]
+    shown = [column for column in columns if any(column[2:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*shown, strict=True))
 
 
 def notes_on(choosing: Sequence[Result], base: str, methods: Sequence[str] = ()) -> list[str]:
