@@ -133,7 +133,7 @@ def test_results_in_the_readme_are_those_of_the_lines() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_intervals_in_the_text_are_those_of_a_table(page: Path) -> None:
+def test_figures_in_the_text_are_those_of_a_table(page: Path) -> None:
     """Of a study that the paragraph, the row or the heading above names, if one does."""
     reports = {path.name: (path / "report/report.md").read_text() for path in RESULTS}
     num_intervals, num_named = 0, 0
@@ -146,8 +146,9 @@ def test_intervals_in_the_text_are_those_of_a_table(page: Path) -> None:
             intervals = re.findall(r"[+-]\d\.\d{4}\s\[[^\]]+\]", part)
             num_intervals += len(intervals)
             num_named += bool(named) * len(intervals)
-            for interval in intervals:
-                assert re.sub(r"\s+", " ", interval) in text, (named, part)
+            losses = re.findall(r"\d\.\d{4}\s±\s\d\.\d{4}", part)
+            for figure in intervals + losses:
+                assert re.sub(r"\s+", " ", figure) in text, (named, part)
     assert num_intervals >= 10
     if page.name == "tuning.md" or page.parent == STUDIES:
         assert num_named > 0.8 * num_intervals
