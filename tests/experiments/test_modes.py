@@ -84,6 +84,7 @@ def test_page_says_what_is_stored() -> None:
         by_key[ours, 10.0]["noise"],
         by_key[larger, 10.0]["noise"],
         by_key[ours, 0.5]["speed_up"],
+        by_key[ours, 0.2]["speed_up"],
         by_key[ours, 0.2]["noise"],
         by_key[larger, 0.2]["noise"],
     ):
