@@ -141,7 +141,7 @@ class Watch(Callback):
         # A user's own data need not know what a token is.
         tokens = getattr(trainer.datamodule, "tokens_per_batch", None)  # type: ignore[attr-defined]
         known = {}
-        if tokens is not None:
+        if tokens is not None and step_seconds > 0:  # a coarse clock
             known[TOKENS_PER_SECOND] = tokens * trainer.accumulate_grad_batches / step_seconds
         if self.peak_memory:
             known[PEAK_MEMORY] = float(self.peak_memory)
