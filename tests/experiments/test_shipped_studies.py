@@ -222,14 +222,30 @@ def test_what_is_finished_of_the_joint_study_is_said() -> None:
     num_choosing = sum(result.run.seed in study.seeds for result in results)
     finished = f"{num_choosing} of {len(study.runs())} runs of seed 0"
     assert f"{finished} and {len(results) - num_choosing} of those that confirm" in section
-    of_muon = [r for r in results if r.run.base == "muon" and r.run.seed in study.confirming_seeds]
-    finals = {(r.run.method, r.run.seed): r.final for r in of_muon}
-    gaps = [finals["ema[lookahead_step_size=0.5]", s] - finals["none", s] for s in range(1, 9)]
-    halves = f"at {-mean(gaps[:4]):.3f} below the baseline and the next four, which were added"
-    assert f"{halves} for that, {mean(gaps[4:]):.3f} above it" in section
-    losses = re.findall(r" 1\.\d{4}", section)
-    assert len(losses) >= 3
-    assert set(losses) <= {f" {result.final:.4f}" for result in results}
+    for base, step_size in (("muon", 0.5), ("scale", 0.7)):
+        gaps = _gaps_of_the_joint_study(base, f"ema[lookahead_step_size={step_size}]", "none")
+        halves = [_in_words(mean(half)) for half in (gaps[:4], gaps[4:])]
+        assert f"first four seeds had {step_size} at {halves[0]} and the next four, " in section
+        assert f"which were added for that, at {halves[1]}" in section
+    ahead, alone = (f"ema[lookahead_step_size={b}] @ 1" for b in (0.5, 0))
+    gaps = _gaps_of_the_joint_study("adamw", ahead, alone)
+    assert f"lookahead itself adds {mean(gaps):.4f} there" in section
+
+
+def _gaps_of_the_joint_study(base: str, method: str, other: str) -> list[float]:
+    study = load_study(STUDIES / "joint.yaml")
+    found = {
+        s.method: s.results
+        for s in standings(
+            judged(read_lines(STUDIES / "results/joint/runs.jsonl"), study.confirming_seeds), base
+        )
+    }
+    shared = sorted(found[method].keys() & found[other].keys())
+    return [found[method][seed].final - found[other][seed].final for seed in shared]
+
+
+def _in_words(gap: float) -> str:
+    return f"{abs(gap):.3f} {'below' if gap < 0 else 'above'} the baseline"
 
 
 def test_losses_on_the_page_about_memory_are_those_of_a_table() -> None:
