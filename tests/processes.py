@@ -16,6 +16,8 @@ from unittest import mock
 
 import torch
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 240.0
 # The first who starts the server decides what it imports: the same for all.
@@ -115,6 +117,12 @@ def measure_first_process_only(rank: int) -> None:
     """End coverage's trace in the others, which it slows down: they run the same lines."""
     if rank > 0:
         sys.settrace(None)
+
+
+def environments_of(num_processes: int) -> list[dict[str, str]]:
+    """Return those of all processes, with a port of their own."""
+    port = free_port()
+    return [environment_of(rank, num_processes, port) for rank in range(num_processes)]
 
 
 def environment_of(rank: int, num_processes: int, port: int) -> dict[str, str]:

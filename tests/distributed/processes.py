@@ -17,7 +17,7 @@ import torch
 
 from tests.distributed import cases, worker
 from tests.ports import free_port
-from tests.processes import environment_of, fork, search_path
+from tests.processes import environments_of, fork, search_path
 
 # Far below the half hour after which a process group gives up on a process that it waits for.
 TIMEOUT_S = 300.0
@@ -102,11 +102,6 @@ def start(
         log = Path(tempfile.mkstemp(suffix=".log", dir=folder)[1])
         started.append((fork(worker.main, folder, log, environment, runs), log))
     return started
-
-
-def environments_of(num_processes: int) -> list[dict[str, str]]:
-    port = free_port()
-    return [environment_of(rank, num_processes, port) for rank in range(num_processes)]
 
 
 def wait(

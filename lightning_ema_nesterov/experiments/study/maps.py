@@ -227,33 +227,30 @@ def _doublings(rates: Collection[float], *, start: float) -> list[float]:
     return [start * 2.0**power for power in range(first, last + 1)]
 
 
-def _by_reading(found: Sequence[Standing], family: str) -> dict[str, list[tuple[float, Standing]]]:
-    """Return step sizes and standings, by the point at which they were evaluated."""
-    readings: dict[str, list[tuple[float, Standing]]] = {}
+def _by_reading(found: Sequence[Standing], family: str) -> dict[str, dict[float, Standing]]:
+    """Return standings by step size, by the point at which they were evaluated."""
+    readings: dict[str, dict[float, Standing]] = {}
     for standing in found:
         match = _NAME.fullmatch(standing.method)
         if match and match[1] == family:
             reading = "iterate" if match[3] is None else f"average, share {match[3]}"
-            readings.setdefault(reading, []).append((float(match[2]), standing))
-    iterates = readings.get("iterate", [])
-    if iterates and all(step_size for step_size, _ in iterates):
-        iterates.append((0.0, found[0]))
-    return {name: sorted(rows, key=lambda row: row[0]) for name, rows in readings.items()}
+            readings.setdefault(reading, {})[float(match[2])] = standing
+    if "iterate" in readings:
+        readings["iterate"].setdefault(0.0, found[0])
+    return readings
 
 
-def _draw_best(
-    path: Path, title: str, readings: Mapping[str, list[tuple[float, Standing]]]
-) -> None:
-    counts = sorted({len(s.results) for rows in readings.values() for _, s in rows})
+def _draw_best(path: Path, title: str, readings: Mapping[str, Mapping[float, Standing]]) -> None:
+    counts = sorted({len(s.results) for rows in readings.values() for s in rows.values()})
     num_seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     with figure_at(path, height=4.6) as figure:
         axes = figure.subplots()
         axes.axhline(0.0, color="black", linewidth=1.0)
-        lrs = {s.lr for rows in readings.values() for _, s in rows}
-        betas = sorted({beta for rows in readings.values() for beta, _ in rows})
+        lrs = {s.lr for rows in readings.values() for s in rows.values()}
+        betas = sorted({beta for rows in readings.values() for beta in rows})
         for idx, (reading, rows) in enumerate(readings.items()):
             shift = 0.012 * (idx - (len(readings) - 1) / 2)
-            _draw_reading(axes, reading, dict(rows), betas, shift=shift, has_lrs=len(lrs) > 1)
+            _draw_reading(axes, reading, rows, betas, shift=shift, has_lrs=len(lrs) > 1)
         axes.legend(fontsize="small")
         axes.margins(x=0.1)
         axes.set_xlabel("lookahead step size β (0: the baseline)")

@@ -99,6 +99,7 @@ def write_report(study_dir: Path) -> Path:
         sections.append(_section(folder, base, rows, methods, choosing, said))
     if any("_map.png)" in section for section in sections):
         sections.insert(1, _HOW_TO_READ_MAPS)
+    found = {base: _trained(rows) for base, rows in found.items()}
     sections += [*_memory_section(folder, found), *_speed_section(found)]
     text = "\n\n".join(sections) + "\n"
     (folder / "report.md").write_text(text)
@@ -108,10 +109,16 @@ def write_report(study_dir: Path) -> Path:
     return page
 
 
+def _trained(found: Sequence[Standing]) -> list[Standing]:
+    """Leave out averages: each is another reading of a run."""
+    return [standing for standing in found if method_of(standing.method) == standing.method]
+
+
 def _seeds_note(found: Sequence[Standing]) -> list[str]:
-    trained = [standing for standing in found if method_of(standing.method) == standing.method]
-    num_seeds = len(trained[0].results) if trained else 0
-    fewer = [f"{s.method} ({len(s.results)})" for s in trained if len(s.results) < num_seeds]
+    num_seeds = len(found[0].results) if found else 0
+    fewer = [
+        f"{s.method} ({len(s.results)})" for s in _trained(found) if len(s.results) < num_seeds
+    ]
     if not fewer:
         return []
     return [
@@ -196,10 +203,8 @@ def _without_worse_shares(found: Sequence[Standing]) -> list[Standing]:
 
 
 def _memory_section(folder: Path, found: Mapping[str, Sequence[Standing]]) -> list[str]:
-    # An average is another reading of the same run.
-    trained = {b: [s for s in own if method_of(s.method) == s.method] for b, own in found.items()}
-    points = memory_points(trained)
-    seeds = {frozenset(s.results) for own in trained.values() for s in own}
+    points = memory_points(found)
+    seeds = {frozenset(s.results) for own in found.values() for s in own}
     if len({point.base for point in points}) < 2 or len(seeds) > 1:  # means of other seeds differ
         return []
     picture = folder / "memory.png"
@@ -216,7 +221,7 @@ def _speed_section(found: Mapping[str, Sequence[Standing]]) -> list[str]:
     for base, standing in ((b, s) for b, own in found.items() for s in own):
         runs = standing.results.values()
         memory = [r.peak_memory for r in runs if r.peak_memory is not None]
-        if not memory or method_of(standing.method) != standing.method:
+        if not memory:
             continue
         speeds = [r.tokens_per_second for r in runs if r.tokens_per_second is not None]
         rows.append(

@@ -24,8 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_ema_nesterov import EMANesterov
 from lightning_ema_nesterov.companions.decentralized import FSPDASA, FSPDASTORM, DoCoM
 from lightning_ema_nesterov.companions.decentralized.callback import DecentralizedCallback
-from tests.ports import free_port
-from tests.processes import environment_of, fork, measure_first_process_only
+from tests.processes import environments_of, fork, measure_first_process_only
 
 METHODS: dict[str, Callable[..., DecentralizedCallback]] = {
     "sa": FSPDASA,
@@ -262,9 +261,7 @@ def spawn(
     folder: Path, num_processes: int, configs: list[dict[str, Any]]
 ) -> list[ForkServerProcess]:
     """Start processes as ``torchrun`` would, without its agent: nobody ends the others for them."""
-    port = free_port()
-    environments = [environment_of(rank, num_processes, port) for rank in range(num_processes)]
-    return [fork(main, folder, environment, configs) for environment in environments]
+    return [fork(main, folder, own, configs) for own in environments_of(num_processes)]
 
 
 def codes(processes: list[ForkServerProcess]) -> list[int | None]:
