@@ -9,16 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_ema_nesterov.cli import main
 from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.results import read_lines
 from lightning_ema_nesterov.experiments.study.spec import Run
-from tests.experiments.toys import SGD, environment_with_tests, write
+from lightning_ema_nesterov.experiments.study.watch import StopsAtBatchEnd, Watch
+from tests.experiments.toys import SGD, Data, environment_with_tests, write
+from tests.toys import Batches
 
 
 def test_finished_runs_are_not_repeated_and_missing_ones_are(
@@ -113,6 +119,71 @@ def test_ctrl_c_stops_with_one_line(num_workers: str, tmp_path: Path) -> None:
     assert last == "Stopped. The same command goes on from here."
     assert "Traceback" not in error
     assert "leaked" not in error
+
+
+class CtrlC(DataLoader[Tensor]):
+    """It comes while the Trainer sets up its loaders."""
+
+    def __iter__(self) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return super().__iter__()
+
+
+class InterruptedData(Data):
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return CtrlC(Batches(30), batch_size=None)
+
+
+def test_ctrl_c_waits_for_the_end_of_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once it would be a RuntimeError of the Trainer here, of loaders that are not set up."""
+    seen = []
+    monkeypatch.setattr(Watch, "on_train_batch_end", lambda *args: seen.append(args[-1]))
+    study = load_study(
+        write(tmp_path, data={"class_path": f"{InterruptedData.__module__}.InterruptedData"})
+    )
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit, match="goes on from here"):
+        run_study(study, tmp_path / "out")
+    assert seen == [0]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def press_ctrl_c(num_times: int, reached: list[int]) -> None:
+    for number in range(num_times):
+        signal.raise_signal(signal.SIGINT)
+        reached.append(number)
+
+
+@pytest.mark.parametrize("num_times", [1, 2])
+def test_second_ctrl_c_does_not_wait(num_times: int) -> None:
+    """The first is heeded also where no batch comes any more."""
+    reached: list[int] = []
+    with pytest.raises(KeyboardInterrupt), StopsAtBatchEnd().listening():
+        press_ctrl_c(num_times, reached)
+    assert reached == [0]
+
+
+def test_ctrl_c_that_others_decided_about_stays_theirs() -> None:
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+    try:
+        with StopsAtBatchEnd().listening():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [1]
+
+
+def test_study_runs_outside_the_main_thread(tmp_path: Path) -> None:
+    """Python lets only the main thread decide about Ctrl-C."""
+    study = load_study(
+        write(tmp_path, base_optimizers={"sgd": SGD}, methods={"none": None}, seeds=[0])
+    )
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run_study, study, tmp_path / "out").result()
+    assert len(read_lines(tmp_path / "out/runs.jsonl")) == 1
 
 
 @pytest.mark.slow

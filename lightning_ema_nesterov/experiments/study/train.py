@@ -24,7 +24,7 @@ from lightning_ema_nesterov.experiments.advice import without_advice
 from lightning_ema_nesterov.experiments.study.claim import deciding
 from lightning_ema_nesterov.experiments.study.classes import find_class
 from lightning_ema_nesterov.experiments.study.spec import BaseOptimizer, ClassSpec, Run, Study
-from lightning_ema_nesterov.experiments.study.watch import KeepsLast, Watch
+from lightning_ema_nesterov.experiments.study.watch import KeepsLast, StopsAtBatchEnd, Watch
 from lightning_ema_nesterov.litgpt.roles import set_step_sizes
 from lightning_ema_nesterov.optimizers.from_config import build_optimizer
 from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
@@ -95,7 +95,7 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
     _set_optimizer(model, study, run)
     # Other processes on the machine do not count for a run on its CPU.
     clock = time.process_time if study.accelerator == "cpu" else time.perf_counter
-    watch = Watch(clock)
+    watch, interrupts = Watch(clock), StopsAtBatchEnd()
     method = study.methods[run.method]
     own = (*study.callbacks, *study.optimizer_of(run).callbacks)
     callbacks = [watch, *(_build(spec, "callbacks") for spec in own)]
@@ -103,10 +103,10 @@ def train_run(study: Study, run: Run, root: Path, *, is_watched: bool = False) -
         callbacks.append(find_class(method.class_path, "methods")(**method.init_args))
         if study.average_shares and isinstance(callbacks[-1], EMANesterov):
             callbacks.append(LossAtAverage(study.average_shares))
-    with without_advice():
+    with interrupts.listening(), without_advice():
         if study.average_shares:  # a method without lookahead is then about the average alone
             warnings.filterwarnings("ignore", "EMANesterov never looks ahead.*")
-        trainer = _make_trainer(study, folder, callbacks, is_watched=is_watched)
+        trainer = _make_trainer(study, folder, [*callbacks, interrupts], is_watched=is_watched)
         data = _build(study.data, "data")
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint if is_resumed else None)
         if is_watched:

@@ -1,11 +1,14 @@
-"""Callbacks of every run of a study: what is noted, and what is kept to go on from."""
+"""Callbacks of every run of a study: what is noted, what is kept, and where Ctrl-C stops it."""
 
 from __future__ import annotations
 
 import math
+import signal
 import statistics
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from lightning_ema_nesterov.experiments.study.results import (
     TOKENS_PER_SECOND,
 )
 
-__all__ = ["KeepsLast", "Watch"]
+__all__ = ["KeepsLast", "StopsAtBatchEnd", "Watch"]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -178,3 +181,48 @@ class KeepsLast(Callback):
         unfinished = self.path.with_suffix(".tmp")
         trainer.save_checkpoint(unfinished)
         unfinished.replace(self.path)
+
+
+class StopsAtBatchEnd(Callback):
+    """Lets Ctrl-C end a run when its batch has ended. A second one ends it at once.
+
+    At any other moment it can meet the Trainer or TensorBoard's writer halfway through a change,
+    and they then raise another error or wait for ever.
+    """
+
+    def __init__(self) -> None:
+        self._is_asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note Ctrl-C inside the block, where nobody else decided about it.
+
+        Raises:
+            KeyboardInterrupt: At the end of a batch, or of the block if no batch came.
+        """
+        is_decided = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        if is_decided or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._stop()
+
+    def _note(self, *_: object) -> None:
+        self._is_asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _stop(self) -> None:
+        if self._is_asked:
+            raise KeyboardInterrupt
+
+    @override
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._stop()
+
+    @override
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._stop()
