@@ -146,3 +146,30 @@ def test_edge_is_that_of_the_rates_that_the_choosing_seeds_had() -> None:
     assert (none.lr, none.edge, none.finals) == (0.4, "largest", [1.0, 1.0])
     [none] = standings(judged(results, [1, 2]), "sgd")
     assert none.edge == ""
+
+
+def test_another_rate_that_was_confirmed_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seed that chose took 0.1, and the others end lower at 0.2."""
+    losses = {
+        ("none", 0.1): (1.0, 3.0, 3.2),
+        ("ema", 0.1): (0.9, 2.5, 2.6),
+        ("none", 0.2): (1.1, 2.0, 2.4),
+        ("ema", 0.2): (1.1, 2.1, 2.3),
+    }
+    every = [
+        result(method, lr, seed, [loss])
+        for (method, lr), of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+    every.append(result("none", 0.4, 1, [1.0]))  # one seed has no interval
+    claim(load_study(write(tmp_path, seeds=[0], confirming_seeds=[1, 2])), tmp_path / "out")
+    monkeypatch.setattr(report, "read_events", lambda folder: every)
+    text = write_report(tmp_path / "out").with_suffix(".md").read_text()
+    chosen, other = text.split("### sgd at ")
+    assert "| none | 0.1 (smallest) | 3.1000 ± 0.1414 |" in chosen
+    assert "| ema | 0.1 (smallest) | 2.5500 ± 0.0707 | -0.5500 [-1.1853, +0.0853] |" in chosen
+    assert other.startswith("0.2, which was not chosen")
+    assert "which ends 0.9000 lower than at 0.1." in other
+    assert "| ema | 0.2 (largest) | 2.2000 ± 0.1414 | +0.0000 [-1.2706, +1.2706] |" in other

@@ -124,7 +124,7 @@ def _draw_map(path: Path, title: str, cells: Cells) -> None:
         axes.set_title(f"{title}: final loss; bold: the best of each β")
         figure.legend(loc="outside lower center", fontsize="small")
         bar = figure.colorbar(image, label="difference to the baseline's best\n(below 0 is better)")
-        ticks = _ticks(bound / 3, most)
+        ticks = _ticks(bound / 6, most)
         bar.set_ticks(ticks, labels=[f"{tick:+g}" if tick else "0" for tick in ticks], minor=False)
         bar.minorticks_off()
 

@@ -37,9 +37,11 @@ from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import (
     CONFIDENCE,
     Standing,
+    by_lr,
     judged,
     markdown_table,
     notes_on,
+    paired_difference,
     standings,
 )
 
@@ -89,7 +91,8 @@ def write_report(study_dir: Path) -> Path:
     sections = [_introduction(study_dir.name, config, trained_runs)]
     with_baseline = {r.run.base for r in results if r.run.method == BASELINE}
     found = {b: standings(results, b, methods, choosing) for b in bases if b in with_baseline}
-    confirmed = {r.run.base for r in results if r.run.seed in confirming}
+    confirming_runs = with_averages(r for r in trained_runs if r.run.seed in confirming)
+    confirmed = {r.run.base for r in confirming_runs}
     for base in (base for base in bases if base in trained):
         rows = found.get(base, [])
         said = notes_on(choosing, base, methods) if rows else []
@@ -97,6 +100,9 @@ def write_report(study_dir: Path) -> Path:
             said.insert(0, "Not confirmed yet: this is of the seeds that chose.")
         said += _seeds_note(rows)
         sections.append(_section(folder, base, rows, methods, choosing, said))
+        own = [r for r in confirming_runs if r.run.base == base]
+        if rows and own:
+            sections += _other_rates(own, rows[0], choosing)
     if any("_map.png)" in section for section in sections):
         sections.insert(1, _HOW_TO_READ_MAPS)
     found = {base: _trained(rows) for base, rows in found.items()}
@@ -189,6 +195,27 @@ def _section(
         f"![Final loss over learning rates]({rates.name})",
     ]
     return "\n\n".join(filter(None, [f"## {base}", markdown_table(found), said, *pictures]))
+
+
+def _other_rates(own: Sequence[Result], chosen: Standing, choosing: Sequence[Result]) -> list[str]:
+    """Compare at the other learning rates at which several seeds confirm the baseline.
+
+    One seed can choose a poor rate, and what is gained there a better one may give too.
+    """
+    base = own[0].run.base
+    sections = []
+    for lr, of_baseline in sorted(by_lr(own, base, BASELINE).items()):
+        if lr == chosen.lr or len(of_baseline) < 2:
+            continue
+        gap = paired_difference(of_baseline, chosen.results).mean
+        rows = standings([r for r in own if r.run.lr == lr], base, choosing=choosing)
+        sections.append(
+            f"### {base} at {lr:g}, which was not chosen\n\nOn the seeds that confirm. Differences "
+            "are to the baseline at this learning rate, which ends "
+            f"{abs(gap):.4f} {'lower' if gap < 0 else 'higher'} than at {chosen.lr:g}.\n\n"
+            f"{markdown_table([rows[0], *sorted(rows[1:], key=_mean_difference)])}"
+        )
+    return sections
 
 
 def _without_worse_shares(found: Sequence[Standing]) -> list[Standing]:
