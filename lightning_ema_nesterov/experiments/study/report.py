@@ -180,7 +180,7 @@ def _section(
     grids = draw_grids(folder, base, found)
     step_sizes = draw_step_sizes(folder, base, choosing, found)
     if grids or step_sizes:
-        table = markdown_table([found[0], *sorted(found[1:], key=_mean_difference)])
+        table = _table_by_difference(found)
         pictures = [f"![Differences to the baseline]({path.name})" for path in grids]
         pictures += [f"![{text}]({path.name})" for path, text in step_sizes.items()]
         return "\n\n".join(filter(None, [f"## {base}", *pictures, table, said]))
@@ -213,9 +213,13 @@ def _other_rates(own: Sequence[Result], chosen: Standing, choosing: Sequence[Res
             f"### {base} at {lr:g}, which was not chosen\n\nOn the seeds that confirm. Differences "
             "are to the baseline at this learning rate, which ends "
             f"{abs(gap):.4f} {'lower' if gap < 0 else 'higher'} than at {chosen.lr:g}.\n\n"
-            f"{markdown_table([rows[0], *sorted(rows[1:], key=_mean_difference)])}"
+            f"{_table_by_difference(rows)}"
         )
     return sections
+
+
+def _table_by_difference(found: Sequence[Standing]) -> str:
+    return markdown_table([found[0], *sorted(found[1:], key=_mean_difference)])
 
 
 def _without_worse_shares(found: Sequence[Standing]) -> list[Standing]:

@@ -186,8 +186,8 @@ class KeepsLast(Callback):
 class StopsAtBatchEnd(Callback):
     """Lets Ctrl-C end a run when its batch has ended. A second one ends it at once.
 
-    At any other moment it can meet the Trainer or TensorBoard's writer halfway through a change,
-    and they then raise another error or wait for ever.
+    At any other moment it can meet the Trainer halfway through a change, such as setting up its
+    loaders, and on the way out the Trainer then raises another error.
     """
 
     def __init__(self) -> None:
