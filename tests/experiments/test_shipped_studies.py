@@ -19,11 +19,10 @@ from lightning_ema_nesterov.experiments.study.results import (
     read_lines,
     with_averages,
 )
+from lightning_ema_nesterov.experiments.study.rounds import by_lr, judged
 from lightning_ema_nesterov.experiments.study.spec import ClassSpec
 from lightning_ema_nesterov.experiments.study.tables import (
     Interval,
-    by_lr,
-    judged,
     markdown_table,
     paired_difference,
     standings,

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from lightning_ema_nesterov.experiments.study import report
 from lightning_ema_nesterov.experiments.study.maps import draw_step_sizes
 from lightning_ema_nesterov.experiments.study.results import Result, with_averages
-from lightning_ema_nesterov.experiments.study.tables import judged, standings
+from lightning_ema_nesterov.experiments.study.rounds import judged
+from lightning_ema_nesterov.experiments.study.tables import standings
 from tests.experiments.toys import result
 
 STEP_SIZES = (-0.3, 0.0, 0.15, 0.3, 0.5, 0.7)

@@ -19,8 +19,9 @@ from lightning_ema_nesterov.experiments.study.results import (
     read_lines,
     write_line,
 )
+from lightning_ema_nesterov.experiments.study.rounds import confirming_runs, judged
 from lightning_ema_nesterov.experiments.study.spec import Run
-from lightning_ema_nesterov.experiments.study.tables import judged, standings
+from lightning_ema_nesterov.experiments.study.tables import standings
 from tests.experiments.toys import Model, result, write
 
 
@@ -89,6 +90,37 @@ def test_method_that_was_taken_out_is_not_confirmed(tmp_path: Path) -> None:
     assert found == [("none", 0), ("ema", 0), ("none", 1)]
 
 
+def test_rates_close_to_the_best_are_confirmed_after_it(tmp_path: Path) -> None:
+    """Close for the method itself, and the best of all seeds comes first."""
+    lrs = {0.1: 1.00, 0.2: 1.01, 0.4: 1.03, 0.8: float("nan")}
+    finished = [
+        result("none", lr, 0, [loss], is_diverged=lr == 0.8) for lr, loss in lrs.items()
+    ] + [result("ema", lr, 0, [2.0 - loss]) for lr, loss in lrs.items() if lr < 0.8]
+    settings = {
+        "base_optimizers": {"sgd": {"class_path": "SGD", "lrs": list(lrs)}},
+        "methods": {"ema": {"class_path": "EMANesterov"}},
+        "seeds": [0],
+        "confirming_seeds": [1, 2],
+    }
+
+    def confirmed(margin: float) -> list[tuple[str, float, int]]:
+        study = load_study(write(tmp_path, **settings, confirming_margin=margin))
+        return [(r.method, r.lr, r.seed) for r in confirming_runs(study, finished)]
+
+    best = [("none", 0.1, 1), ("ema", 0.4, 1), ("none", 0.1, 2), ("ema", 0.4, 2)]
+    assert confirmed(0.0) == best
+    assert confirmed(0.0201) == [
+        *best,
+        ("none", 0.2, 1),
+        ("ema", 0.2, 1),
+        ("none", 0.2, 2),
+        ("ema", 0.2, 2),
+    ]
+    for nonsense in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="confirming_margin must be at least 0"):
+            confirmed(nonsense)
+
+
 def test_confirming_seeds_are_judged_at_the_rate_that_the_others_chose() -> None:
     """Also where another would have been better on them."""
     results = [
@@ -117,6 +149,26 @@ def test_base_without_confirming_runs_is_shown_with_those_that_chose(
     for section in sections:
         is_waiting = "this is of the seeds that chose" in section
         assert is_waiting is section.startswith("muon"), section
+
+
+def test_chosen_rate_that_waits_for_its_confirming_seeds_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rate is confirmed already, as after a change of the grid."""
+    every = [
+        result("none", 0.1, 0, [2.0]),
+        result("none", 0.2, 0, [1.0]),
+        *(result(m, 0.1, seed, [3.0 + seed]) for m in ("none", "ema") for seed in (1, 2)),
+    ]
+    assert judged(every, [1, 2]) == every[:2]
+    claim(load_study(write(tmp_path, seeds=[0], confirming_seeds=[1, 2])), tmp_path / "out")
+    monkeypatch.setattr(report, "read_events", lambda folder: every)
+    text = write_report(tmp_path / "out").with_suffix(".md").read_text()
+    chosen, other = text.split("### sgd at 0.1, which was not chosen")
+    assert "| none | 0.2 (largest) | 1.0000 |" in chosen
+    assert "Not confirmed yet: this is of the seeds that chose." in chosen
+    assert "Differences are to the baseline at this learning rate.\n" in other
+    assert "| ema | 0.1 | 4.5000 ± 0.7071 | +0.0000" in other
 
 
 def test_methods_with_fewer_seeds_than_the_baseline_are_named(

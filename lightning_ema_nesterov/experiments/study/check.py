@@ -74,6 +74,8 @@ def _check_values(study: Study) -> None:
             "gradient_clip_val must be above 0, or null for no clipping, got "
             f"{study.gradient_clip_val}."
         )
+    if not 0 <= study.confirming_margin < math.inf:
+        raise ValueError(f"confirming_margin must be at least 0, got {study.confirming_margin}.")
     for name in ("num_threads", "accumulate_grad_batches"):
         if getattr(study, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(study, name)}.")

@@ -19,6 +19,7 @@ _PARTS = (
     "methods",
     "seeds",
     "confirming_seeds",
+    "confirming_margin",
     "has_gained_baseline",
     "has_checkpoints",
 )

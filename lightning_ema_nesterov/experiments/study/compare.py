@@ -19,14 +19,12 @@ from tqdm import tqdm
 from lightning_ema_nesterov.experiments.study.claim import claim
 from lightning_ema_nesterov.experiments.study.results import (
     Result,
-    method_of,
     read_event_folder,
     read_lines,
-    with_averages,
     write_line,
 )
+from lightning_ema_nesterov.experiments.study.rounds import confirming_runs
 from lightning_ema_nesterov.experiments.study.spec import Run, Study
-from lightning_ema_nesterov.experiments.study.tables import best_lrs
 from lightning_ema_nesterov.experiments.study.train import check_optimizers, train_run
 from lightning_ema_nesterov.experiments.typed_commands import typed_command
 
@@ -58,20 +56,11 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
     try:
         _train_all(study, study.runs(), out_dir, num_workers=num_workers)
         if study.confirming_seeds:
-            _train_all(study, _confirming_runs(study, out_dir), out_dir, num_workers=num_workers)
+            second_round = confirming_runs(study, read_lines(out_dir / LINES))
+            _train_all(study, second_round, out_dir, num_workers=num_workers)
     except (KeyboardInterrupt, SystemExit):  # the latter is the Trainer's answer to Ctrl-C
         sys.exit("Stopped. The same command goes on from here.")
     print(f"Report: {typed_command('ema-nesterov', 'report', out_dir)}")
-
-
-def _confirming_runs(study: Study, out_dir: Path) -> list[Run]:
-    finished = read_lines(out_dir / LINES)  # also of methods that were taken out since
-    choosing = [r for r in finished if r.run.seed in study.seeds and r.run.method in study.methods]
-    found = []
-    for base in study.base_optimizers:
-        for reading, lr in best_lrs(with_averages(choosing), base).items():
-            found += [Run(base, method_of(reading), lr, seed) for seed in study.confirming_seeds]
-    return list(dict.fromkeys(sorted(found, key=lambda run: run.seed)))
 
 
 def _train_all(study: Study, runs: Sequence[Run], out_dir: Path, *, num_workers: int) -> None:

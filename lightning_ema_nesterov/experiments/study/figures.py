@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lightning_ema_nesterov.experiments.study.results import Result
+from lightning_ema_nesterov.experiments.study.rounds import by_lr
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
-from lightning_ema_nesterov.experiments.study.tables import Standing, by_lr, mean_curve
+from lightning_ema_nesterov.experiments.study.tables import Standing, mean_curve
 
 __all__ = [
     "Style",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,12 +34,11 @@ from lightning_ema_nesterov.experiments.study.results import (
     read_lines,
     with_averages,
 )
+from lightning_ema_nesterov.experiments.study.rounds import by_lr, judged
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 from lightning_ema_nesterov.experiments.study.tables import (
     CONFIDENCE,
     Standing,
-    by_lr,
-    judged,
     markdown_table,
     notes_on,
     paired_difference,
@@ -92,11 +92,11 @@ def write_report(study_dir: Path) -> Path:
     with_baseline = {r.run.base for r in results if r.run.method == BASELINE}
     found = {b: standings(results, b, methods, choosing) for b in bases if b in with_baseline}
     confirming_runs = with_averages(r for r in trained_runs if r.run.seed in confirming)
-    confirmed = {r.run.base for r in confirming_runs}
+    confirmed = {r.run.base for r in results if r.run.seed in confirming}
     for base in (base for base in bases if base in trained):
         rows = found.get(base, [])
         said = notes_on(choosing, base, methods) if rows else []
-        if confirmed and base not in confirmed:
+        if confirming_runs and base not in confirmed:
             said.insert(0, "Not confirmed yet: this is of the seeds that chose.")
         said += _seeds_note(rows)
         sections.append(_section(folder, base, rows, methods, choosing, said))
@@ -208,12 +208,14 @@ def _other_rates(own: Sequence[Result], chosen: Standing, choosing: Sequence[Res
         if lr == chosen.lr or len(of_baseline) < 2:
             continue
         gap = paired_difference(of_baseline, chosen.results).mean
+        compared = ""
+        if math.isfinite(gap):  # else the chosen rate is not confirmed yet
+            direction = "lower" if gap < 0 else "higher"
+            compared = f", which ends {abs(gap):.4f} {direction} than at {chosen.lr:g}"
         rows = standings([r for r in own if r.run.lr == lr], base, choosing=choosing)
         sections.append(
             f"### {base} at {lr:g}, which was not chosen\n\nOn the seeds that confirm. Differences "
-            "are to the baseline at this learning rate, which ends "
-            f"{abs(gap):.4f} {'lower' if gap < 0 else 'higher'} than at {chosen.lr:g}.\n\n"
-            f"{_table_by_difference(rows)}"
+            f"are to the baseline at this learning rate{compared}.\n\n{_table_by_difference(rows)}"
         )
     return sections
 

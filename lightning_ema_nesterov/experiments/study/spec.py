@@ -147,6 +147,8 @@ class Study:
         seeds: Seeds, each for every combination, in [0, 2 ** 32).
         confirming_seeds: Seeds for the best learning rates of each method only, which ``seeds``
             choose. The report is then about the confirming seeds, which chose nothing.
+        confirming_margin: Learning rates of a method whose mean final loss is at most this far
+            above its best are confirmed too, at least 0. Few seeds may choose a poor rate.
         callbacks: ``class_path`` and ``init_args`` of callbacks that every run has.
         has_gained_baseline: Whether the baseline is also trained at those learning rates. Without,
             a grid of methods over many step sizes is compared with the baseline's own rates.
@@ -172,6 +174,7 @@ class Study:
     methods: dict[str, MethodSpec]
     seeds: list[int]
     confirming_seeds: list[int] = field(default_factory=list)
+    confirming_margin: float = 0.0
     callbacks: list[ClassSpec] = field(default_factory=list)
     has_gained_baseline: bool = True
     num_validations: int = 10

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from lightning_ema_nesterov.experiments.study.results import Result, with_averages
+from lightning_ema_nesterov.experiments.study.results import Result
+from lightning_ema_nesterov.experiments.study.rounds import by_lr, with_most_seeds
 from lightning_ema_nesterov.experiments.study.spec import BASELINE
 
 __all__ = [
     "CONFIDENCE",
     "Interval",
     "Standing",
-    "best_lrs",
-    "by_lr",
-    "judged",
     "markdown_table",
     "mean_curve",
     "notes_on",
@@ -83,42 +81,6 @@ class Standing:
         return mean(result.step_seconds for result in self.results.values())
 
 
-def by_lr(results: Sequence[Result], base: str, method: str) -> dict[float, dict[int, Result]]:
-    """Return the results of one method on one base optimizer, by learning rate and seed."""
-    chosen = [r for r in results if (r.run.base, r.run.method) == (base, method)]
-    lrs = sorted({r.run.lr for r in chosen})
-    return {lr: {r.run.seed: r for r in chosen if r.run.lr == lr} for lr in lrs}
-
-
-def best_lrs(results: Sequence[Result], base: str) -> dict[str, float]:
-    """Return the learning rate of the smallest mean final loss of each method.
-
-    Args:
-        results: Results of a study.
-        base: Name of the base optimizer.
-    """
-    methods = dict.fromkeys(r.run.method for r in results if r.run.base == base)
-    return {m: _best_lr(_complete(by_lr(results, base, m))) for m in methods}
-
-
-def judged(results: Sequence[Result], confirming_seeds: Sequence[int]) -> list[Result]:
-    """Return what is compared, each average as a method of its own.
-
-    Where a base optimizer has confirming seeds these are their runs, at the learning rate of each
-    method that the other seeds chose.
-    """
-    results = with_averages(results)
-    confirmed = {r.run.base for r in results if r.run.seed in confirming_seeds}
-    choosing = [r for r in results if r.run.seed not in confirming_seeds]
-    best = {base: best_lrs(choosing, base) for base in confirmed}
-    return [
-        r
-        for r in results
-        if r.run.base not in confirmed
-        or (r.run.seed in confirming_seeds and best[r.run.base].get(r.run.method) == r.run.lr)
-    ]
-
-
 def standings(
     results: Sequence[Result],
     base: str,
@@ -138,15 +100,15 @@ def standings(
     Raises:
         ValueError: If the baseline has no runs.
     """
-    baseline = _complete(by_lr(results, base, BASELINE))
+    baseline = with_most_seeds(by_lr(results, base, BASELINE))
     if not baseline:
         raise ValueError(f"{base} must have runs of the baseline, and has none that are finished.")
     best = baseline[_best_lr(baseline)]
     trained = [r.run.method for r in results if r.run.base == base]
     found = []
     for method in dict.fromkeys([BASELINE, *methods, *trained]):
-        rows = _complete(by_lr(results, base, method))
-        tried = _complete(by_lr(choosing or results, base, method))
+        rows = with_most_seeds(by_lr(results, base, method))
+        tried = with_most_seeds(by_lr(choosing or results, base, method))
         if rows:
             found.append(_standing(method, rows, baseline, best, sorted(tried)))
     return found
@@ -179,11 +141,6 @@ def _standing(
         extra_state=_mean(chosen, "state_per_parameter") - _mean(shared, "state_per_parameter"),
         step_time=_mean(chosen, "step_seconds") / _mean(shared, "step_seconds"),
     )
-
-
-def _complete(rows: Mapping[float, dict[int, Result]]) -> dict[float, dict[int, Result]]:
-    most = max((len(seeds) for seeds in rows.values()), default=0)
-    return {lr: seeds for lr, seeds in rows.items() if len(seeds) == most}
 
 
 def _best_lr(rows: Mapping[float, dict[int, Result]]) -> float:
@@ -259,7 +216,7 @@ def notes_on(choosing: Sequence[Result], base: str, methods: Sequence[str] = ())
     partial = [
         f"{method} at {lr:g}"
         for method, rows in tried.items()
-        for lr in sorted(rows.keys() - _complete(rows).keys())
+        for lr in sorted(rows.keys() - with_most_seeds(rows).keys())
     ]
     lines = {
         "Learning rates that only the baseline had": alone,
