@@ -20,7 +20,7 @@ from matplotlib.patches import FancyBboxPatch
 ROOT = Path(__file__).parents[2]
 BLUE, ORANGE, GREY, GREEN = "#2a78d6", "#d9822b", "#777777", "#2f9e5b"
 ROW = re.compile(
-    r"^\| (\w+) \| (\d+) \| ([\d,]+) \| (\d+) to (\d+) \|"
+    r"^\| (\w+) \| ([\d,]+) \| ([\d,]+) \| (\d+) to (\d+) \|"
     r".*\| ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\] \|$",
     re.MULTILINE,
 )
@@ -134,8 +134,8 @@ def draw_results(path: Path) -> None:
         axes.plot(ends, (place, place), color=color, lw=2, solid_capstyle="round")
         axes.plot(centre, place, "o", color=color, ms=7)
     labels = [
-        f"{base}, batch {batch}, {steps} steps, {int(last) - int(first) + 1} seeds"
-        for base, batch, steps, first, last, *_ in rows
+        f"{base}, {tokens} tokens a step, {steps} steps, {int(last) - int(first) + 1} seeds"
+        for base, tokens, steps, first, last, *_ in rows
     ]
     axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.5, -0.5)
