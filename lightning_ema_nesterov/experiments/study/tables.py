@@ -27,8 +27,15 @@ CONFIDENCE = 0.95
 """Confidence of the intervals of paired differences."""
 
 HEAD = (
-    "method | learning rate | final loss | difference to the baseline | baseline at lr / (1 - β) | "
-    "steps to the baseline's final loss | seconds to it | extra state | step time"
+    "method",
+    "learning rate",
+    "final loss",
+    "difference to the baseline",
+    "baseline at lr / (1 - β)",
+    "steps to the baseline's final loss",
+    "seconds to it",
+    "extra state",
+    "step time",
 )
 
 
@@ -193,9 +200,7 @@ def mean_curve(results: Iterable[Result]) -> list[tuple[int, float, float]]:
 
 def markdown_table(found: Sequence[Standing]) -> str:
     """Return the standings of one base optimizer as a Markdown table, without empty columns."""
-    columns = [
-        (c[0], "---", *c[1:]) for c in zip(HEAD.split(" | "), *map(_cells, found), strict=True)
-    ]
+    columns = [(c[0], "---", *c[1:]) for c in zip(HEAD, *map(_cells, found), strict=True)]
     shown = [column for column in columns if any(column[2:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in zip(*shown, strict=True))
 
