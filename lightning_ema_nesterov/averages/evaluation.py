@@ -119,7 +119,8 @@ class Evaluation:
 
     def _trained_before(self, module: nn.Module) -> list[Lookahead]:
         for lookahead, _ in self._trained:
-            lookahead.sharding.reshard()  # a module's parameters are then those of its optimizer
+            # A module's parameters are then those of its optimizer.
+            lookahead.sharding.drop_copies()
         own = set(module.parameters())
         # Another average at the end of fit, or weights that were loaded: what was learned about the
         # former ones does not lead to an average of these.

@@ -14,13 +14,14 @@ from typing_extensions import Self
 
 from lightning_ema_nesterov.core.checks import check_share
 from lightning_ema_nesterov.core.claims import claim, release
+from lightning_ema_nesterov.core.interrupts import uninterrupted
 from lightning_ema_nesterov.core.metrics import StepMetrics
 from lightning_ema_nesterov.core.progress import Progress
 from lightning_ema_nesterov.core.rule import LookaheadRule
 from lightning_ema_nesterov.core.schedule import LookaheadSchedule
 from lightning_ema_nesterov.core.scope import Scope
 from lightning_ema_nesterov.core.sharding import Sharding
-from lightning_ema_nesterov.core.step_hooks import StepHooks, only_creates_state
+from lightning_ema_nesterov.core.step_hooks import StepHooks, only_creates_state, skipped_by_scaler
 from lightning_ema_nesterov.core.window import AtAverage, Window
 
 __all__ = ["Lookahead"]
@@ -135,6 +136,7 @@ class Lookahead:
         while self._handles:
             self._handles.pop().remove()
 
+    @uninterrupted()
     def extrapolate(self) -> None:
         """Move the parameters to the lookahead point, unless they are there.
 
@@ -156,6 +158,7 @@ class Lookahead:
             for step_size, params in self.scope.by_step_size(self.schedule, self.progress):
                 self._window.extrapolate(params, step_size)
 
+    @uninterrupted()
     def retract(self) -> None:
         """Return the parameters to the iterate for good: no step follows from where they are."""
         self.leave_average()
@@ -165,6 +168,7 @@ class Lookahead:
         self._hooks.reset()
         self._window = None
 
+    @uninterrupted()
     def skip(self) -> None:
         """Close a window whose step was skipped: back to the iterate, and the step counts."""
         if self._window is not None:
@@ -172,6 +176,7 @@ class Lookahead:
             self.rule.after_step(self.step_idx)
             self.progress.step_idx += 1
 
+    @uninterrupted()
     def pause(self) -> None:
         """Return the parameters to the iterate until :meth:`extrapolate` or :meth:`resume`."""
         if self._window is None:
@@ -194,6 +199,7 @@ class Lookahead:
         """Whether the parameters hold the average."""
         return self._average is not None
 
+    @uninterrupted()
     def resume(self) -> None:
         """Put back, bit for bit, what :meth:`pause` put aside."""
         self.leave_average()
@@ -228,6 +234,7 @@ class Lookahead:
             if outer is not None:
                 self.enter_average(outer.share)
 
+    @uninterrupted()
     def enter_average(self, share: float = 1.0) -> None:
         """Move the parameters to the average of the iterates until :meth:`leave_average`.
 
@@ -240,6 +247,7 @@ class Lookahead:
         self.pause()
         self._average = AtAverage(self.rule, self.sharding, share)
 
+    @uninterrupted()
     def leave_average(self) -> None:
         """Return from the average to the iterate, bit for bit; nothing where they are not there."""
         if self._average is not None:
@@ -257,6 +265,7 @@ class Lookahead:
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self.retract()  # whatever is loaded, parameters that nobody loads stay at the iterate
 
+    @uninterrupted()
     def _begin_step(self) -> None:
         if not self._handles:
             return  # detached in the closure
@@ -266,18 +275,12 @@ class Lookahead:
         window = self._window = self._window or Window(
             self.rule, self.sharding, step_idx=self.step_idx, is_dry_run=is_dry_run
         )
-        params = self.rule.store.all_params()
-        if is_dry_run or self._scaler_skips_step():
-            window.retract()
-            params = []
+        is_skipped = is_dry_run or skipped_by_scaler(self.base_optimizer)
+        params = [] if is_skipped else self.rule.store.all_params()
         with record_function("ema_nesterov/begin"):
             window.begin(params, is_measured=self.will_measure)
 
-    def _scaler_skips_step(self) -> bool:
-        # GradScaler calls a fused optimizer for a skipped step too, and the optimizer skips it.
-        found_inf = getattr(self.base_optimizer, "found_inf", None)
-        return found_inf is not None and bool(found_inf.item() > 0)
-
+    @uninterrupted()
     def _end_step(self) -> None:
         window = self._window
         if window is None:

@@ -254,7 +254,10 @@ class ModuleHooks:
 
     def _before_load(self, module: nn.Module, *args: Any) -> None:
         self._leave_interrupted_looks()
-        self._lookahead.retract()
+        own = set(module.parameters())
+        # A frozen part of the module, as a target network, may be loaded before a backward pass.
+        if any(p in own for p in self._lookahead.rule.store.all_params()):
+            self._lookahead.retract()
 
 
 def _wrapped_by(module: nn.Module) -> Iterator[nn.Module]:

@@ -60,13 +60,15 @@ class Sharding:
             )
 
     @torch.no_grad()
-    def reshard(self) -> None:
-        """Drop gathered copies of parameters, before the shards are changed.
+    def drop_copies(self) -> None:
+        """Drop copies of parameters that others keep, before the parameters are changed.
 
-        Without it the next forward pass of a group that stayed gathered (the root after a
-        validation; every group with ``reshard_after_forward=False`` or SHARD_GRAD_OP) runs at the
-        point from before the change. Gathering is left to that forward pass.
+        Without it the next forward pass runs at the point from before the change: in a group of
+        FSDP that stayed gathered (the root after a validation; every group with
+        ``reshard_after_forward=False`` or SHARD_GRAD_OP), or in a region of ``torch.autocast``,
+        which casts each parameter once. To gather and to cast is left to that forward pass.
         """
+        torch.clear_autocast_cache()
         for fsdp2 in self._fsdp2:
             fsdp2.reshard()
         for fsdp1, handle in self._fsdp1:

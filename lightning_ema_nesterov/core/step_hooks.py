@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ema_nesterov.core.frames import num_running
 
-__all__ = ["StepHooks", "only_creates_state"]
+__all__ = ["StepHooks", "only_creates_state", "skipped_by_scaler"]
 
 _STEP_CODE = Optimizer.profile_hook_step(Optimizer.step).__code__
 """Of what torch puts around the step of every optimizer."""
@@ -153,6 +153,12 @@ class StepHooks:
             )
         if self._has_begun():  # a hook that came before this one may have settled it
             self._end()
+
+
+def skipped_by_scaler(optimizer: Optimizer) -> bool:
+    """Return whether GradScaler calls a fused optimizer for a step that the optimizer will skip."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf.item() > 0)
 
 
 def only_creates_state(optimizer: Optimizer) -> bool:

@@ -54,24 +54,27 @@ class Window:
     def extrapolate(self, params: list[Tensor], step_size: float) -> None:
         """Move parameters to the lookahead point."""
         if step_size and params:
-            self._sharding.reshard()
+            self._sharding.drop_copies()
             self._rule.extrapolate(params, step_size)  # params hold y
             self._step_sizes.update(dict.fromkeys(params, step_size))
 
     def begin(self, params: list[Tensor], *, is_measured: bool) -> None:
-        """Begin the update of parameters with a gradient; the others return to the iterate."""
+        """Begin the update of parameters with a gradient; all others return to the iterate."""
         _check_not_captured()
         self.is_stepping = True
-        self.retract(p for p in params if p.grad is None)
-        for step_size, bucket in self._by_step_size(p for p in params if p.grad is not None):
+        stepping = dict.fromkeys(p for p in params if p.grad is not None)
+        resting = [p for p in self._step_sizes if p not in stepping]
+        self._retract(resting)
+        for p in resting:
+            del self._step_sizes[p]
+        for step_size, bucket in self._by_step_size(stepping):
             self.folds.append(self._rule.begin(bucket, step_size, is_measured=is_measured))
         self._num_changes = self._rule.store.num_changes()
 
-    def retract(self, params: Iterable[Tensor] | None = None) -> None:
-        """Return parameters from the lookahead point to the iterate; by default all."""
-        for step_size, bucket in self._by_step_size(self._step_sizes if params is None else params):
+    def _retract(self, params: Iterable[Tensor]) -> None:
+        for step_size, bucket in self._by_step_size(params):
             if step_size:
-                self._sharding.reshard()
+                self._sharding.drop_copies()
                 self._rule.retract(bucket, step_size)
 
     def to_iterate(self) -> None:
@@ -81,21 +84,21 @@ class Window:
         """
         if self.is_paused:
             return
-        self._sharding.reshard()
-        if not self.is_stepping:
-            self.retract()
+        self._sharding.drop_copies()
+        in_folds = {p for fold in self.folds for p in fold.params}
+        self._retract(p for p in self._step_sizes if p not in in_folds)
         now = self._rule.store.num_changes() if self.folds else {}
         for fold in self.folds:
             stepped, waiting = fold.split(lambda p: now[p] != self._num_changes[p])
             self._rule.finish(stepped, step_idx=self._step_idx)
             self._rule.cancel(waiting)
-            self.retract(waiting.params)
+            self._retract(waiting.params)
         self._rule.make_state_readable()
 
     def pause(self) -> None:
         """Return all parameters to the iterate; a copy of what changes is put aside."""
         if not self.is_paused:
-            self._sharding.reshard()
+            self._sharding.drop_copies()
             put_back = self._put_aside()
             self.to_iterate()
             self._put_back = put_back
@@ -103,7 +106,7 @@ class Window:
     def resume(self) -> None:
         """Put back, bit for bit, what :meth:`pause` put aside."""
         if self._put_back is not None:
-            self._sharding.reshard()
+            self._sharding.drop_copies()
             self._put_back()
             self._put_back = None
 
@@ -151,15 +154,19 @@ class AtAverage:
         self.share = share
         self._sharding = sharding
         params = rule.store.known_params()  # the others have not moved
-        sharding.reshard()
+        sharding.drop_copies()
         self._put_back = rule.put_aside(params)
-        if distance:
-            # `.data` hides the change from autograd, as in a look at the iterate.
-            rule.add_directions(params, [p.data for p in params], -distance)
+        try:
+            if distance:
+                # `.data` hides the change from autograd, as in a look at the iterate.
+                rule.add_directions(params, [p.data for p in params], -distance)
+        except BaseException:  # as when memory runs out
+            self.leave()
+            raise
 
     def leave(self) -> None:
         """Return to the iterate, bit for bit."""
-        self._sharding.reshard()
+        self._sharding.drop_copies()
         self._put_back()
 
 

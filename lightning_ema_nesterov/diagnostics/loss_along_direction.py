@@ -84,6 +84,6 @@ class LossAlongDirection(ValidationLoss):
 
 def _set(pairs: Sequence[tuple[Lookahead, Tensor]], values: Sequence[Tensor]) -> None:
     for lookahead in dict.fromkeys(lookahead for lookahead, _ in pairs):
-        lookahead.sharding.reshard()
+        lookahead.sharding.drop_copies()
     for (_, p), value in zip(pairs, values, strict=True):
         p.data.copy_(value)

@@ -147,6 +147,8 @@ class Int8:
     def read(self, stored: Sequence[Tensor]) -> Tensor:
         """Return the direction in float32."""
         codes, scales = stored
+        if codes.numel() == 0:
+            return codes.float()
         if codes.shape[-1] % BLOCK_SIZE == 0:
             blocks = _in_blocks(codes).mul(scales.unsqueeze(-1))
             return blocks.flatten(-2)

@@ -116,6 +116,7 @@ class LookaheadCallback(Callback, ABC):
         # Until training starts: how many steps there are takes the data loader, which the module
         # may make in hooks that come after this one.
         asleep = LookaheadSchedule(0.0, warmup=sys.maxsize)
+        self._detach.callback(self._lookaheads.clear)
         for optimizer in trainer.optimizers:
             check_params_are_free(optimizer)
             with as_misconfiguration():
@@ -127,7 +128,6 @@ class LookaheadCallback(Callback, ABC):
             owners = [m for m in (trainer.strategy.model, pl_module) if m is not None]
             for handle in ModuleHooks(lookahead).register((), owners):
                 self._detach.callback(handle.remove)
-        self._detach.callback(self._lookaheads.clear)
         self._bracket_training_step(trainer)
         self.bracket_save_checkpoint(trainer)
         self._bracket_load_checkpoint(trainer)
@@ -144,20 +144,23 @@ class LookaheadCallback(Callback, ABC):
         for lookahead in self._lookaheads:
             lookahead.schedule = schedule
             lookahead.attach()
+        # Else an optimizer that is new has not stepped yet.
+        is_first = all(lookahead.progress.is_new for lookahead in self._lookaheads)
+        for lookahead in self._lookaheads:
             # Now that a checkpoint is loaded, which may be one without the callback.
             max_lrs = max_lrs_of_schedulers(trainer, lookahead.base_optimizer)
             for idx, max_lr in enumerate(max_lrs):
                 lookahead.progress.set_max_lr(idx, max_lr)
-            self._take_up(trainer, lookahead)
+            self._take_up(trainer, lookahead, is_first=is_first)
 
-    def _take_up(self, trainer: Trainer, lookahead: Lookahead) -> None:
+    def _take_up(self, trainer: Trainer, lookahead: Lookahead, *, is_first: bool) -> None:
         num_steps = trainer.global_step // steps_per_global_step(trainer)
         is_automatic = trainer.lightning_module.automatic_optimization
         if not lookahead.progress.is_new and is_automatic and lookahead.step_idx < num_steps:
             # A run without the callback keeps what it finds in the optimizer's state, and saves it.
             for p in lookahead.rule.store.known_params():
                 lookahead.rule.store.drop(p)
-        elif not (num_steps and lookahead.progress.is_new):
+        elif not (num_steps and is_first):
             return
         lookahead.progress.step_idx = num_steps
         rank_zero_info(
@@ -215,7 +218,8 @@ class LookaheadCallback(Callback, ABC):
         def extrapolate_then_training_step(*args: Any, **kwargs: Any) -> Any:
             # StochasticWeightAveraging runs an epoch without steps to update BatchNorm.
             if not trainer.fit_loop._skip_backward:
-                for lookahead in self._lookaheads:
+                # The last one to pause is the first to resume: optimizers may share a parameter.
+                for lookahead in reversed(self._lookaheads):
                     lookahead.extrapolate()
             return training_step(*args, **kwargs)
 

@@ -43,6 +43,7 @@ _IS_OVERRIDDEN = "utilities.model_helpers.is_overridden"
 _CALLBACK_HOOKS_IN_WINDOW = ("on_train_batch_start", "on_train_batch_end")
 _MODULE_HOOKS_IN_WINDOW = (
     *_CALLBACK_HOOKS_IN_WINDOW,
+    "on_validation_model_eval",
     "on_before_batch_transfer",
     "transfer_batch_to_device",
     "on_after_batch_transfer",

@@ -342,3 +342,91 @@ def test_state_is_copied_once_also_where_a_part_is_asked_for_its_own(
     assert equal(weights(model), y)
     loss.backward()  # nobody looked
     optimizer_of(handle).step()
+
+
+def test_a_region_of_autocast_keeps_no_weights_of_another_point() -> None:
+    """It casts each weight once in a region, unless it is told that the weights changed."""
+    model = make_model().float()
+    handle = attach(model, torch.optim.SGD(model.parameters(), lr=0.3))
+    inputs = INPUTS.float()
+
+    def loss() -> Tensor:
+        output: Tensor = model(inputs)
+        return output.float().square().mean()
+
+    def cast() -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    for _ in range(6):
+        optimizer_of(handle).zero_grad()
+        loss().backward()
+        optimizer_of(handle).step()
+    with torch.no_grad(), cast():
+        at_iterate = loss().item()
+    with torch.no_grad(), handle.at_average(), cast():
+        at_average = loss().item()
+    with cast():
+        ahead = loss().item()
+    assert len({at_iterate, at_average, ahead}) == 3
+    with cast():
+        assert loss().item() == ahead
+        with torch.no_grad():
+            assert loss().item() == at_iterate
+            with handle.at_average():
+                assert loss().item() == at_average
+            assert loss().item() == at_iterate
+        assert loss().item() == ahead
+
+
+class Agent(nn.Module):
+    """A network and a frozen copy of it, which a training step may bring up to date."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.target = make_model(), make_model().requires_grad_(requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.target(inputs + 0.1)
+        return (self.net(inputs) - 1.0 - 0.9 * wanted).square()
+
+
+@pytest.mark.parametrize("part", ["target", "net", ""])
+def test_loading_a_frozen_part_before_the_backward_pass_moves_nothing(part: str) -> None:
+    agent = Agent()
+    optimizer = torch.optim.SGD(agent.net.parameters(), lr=0.3)
+    handle = attach(agent, optimizer)
+    for _ in range(4):
+        optimizer.zero_grad()
+        agent(INPUTS).mean().backward()
+        optimizer.step()
+    iterate = weights(agent.net)
+    loss = agent(INPUTS).mean()
+    ahead = weights(agent.net)
+    with torch.no_grad():
+        [state] = [loaded.state_dict() for loaded in [agent.get_submodule(part)]]
+    agent.get_submodule(part).load_state_dict(state)
+    loaded = weights(agent.net)
+    if part == "target":
+        assert all(map(torch.equal, loaded, ahead))
+        optimizer.zero_grad()
+        loss.backward()
+    else:
+        assert max((a - b).abs().max() for a, b in zip(loaded, iterate, strict=True)) < 1e-14
+    handle.detach()
+
+
+def test_a_parameter_that_leaves_its_group_in_a_window_returns_to_the_iterate() -> None:
+    model = make_model()
+    groups = [{"params": [p]} for p in model.parameters()]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    handle = attach(model, optimizer)
+    train(handle, model, 4)
+    before = weights(model)
+    optimizer.zero_grad()
+    model(INPUTS).square().mean().backward()
+    optimizer.param_groups[-1]["params"] = []
+    optimizer.step()
+    [*_, last] = model.parameters()
+    assert (last - before[-1]).abs().max() < 1e-14
+    handle.detach()

@@ -154,7 +154,7 @@ def train(
 
 def gather(loop: Loop, net: Net, strategy: cases.Strategy) -> dict[str, Tensor]:
     """Whole parameters by name, on every process."""
-    Sharding(loop.module, loop.optimizer).reshard()
+    Sharding(loop.module, loop.optimizer).drop_copies()
     if not isinstance(strategy, cases.FSDP1):
         return {f"weight.{n}": full(p.detach()).clone() for n, p in net.named_parameters()}
     with FullyShardedDataParallel.summon_full_params(loop.module):

@@ -98,7 +98,7 @@ class RecordsSteps(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         optimizer = trainer.optimizers[0]
-        Sharding(trainer.strategy.model, optimizer).reshard()
+        Sharding(trainer.strategy.model, optimizer).drop_copies()
         # FSDP (1) gives a parameter no gradient where a process holds none of it.
         directions = [
             optimizer.state.get(p, {}).get(DIRECTION_KEY, torch.zeros_like(p))

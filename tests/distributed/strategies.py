@@ -224,6 +224,6 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def without_reshard(*, is_on: bool) -> Iterator[None]:
     """Keep from FSDP that its shards have changed, where ``is_on``."""
-    reshard = (lambda self: None) if is_on else Sharding.reshard
-    with replaced(Sharding, "reshard", reshard):
+    drop_copies = (lambda self: None) if is_on else Sharding.drop_copies
+    with replaced(Sharding, "drop_copies", drop_copies):
         yield

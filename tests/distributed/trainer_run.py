@@ -290,7 +290,7 @@ def gather_weights(trainer: Trainer, module: Module) -> dict[str, Tensor]:
     """Whole parameters by name, on every process."""
     root = trainer.strategy.model
     assert root is not None
-    Sharding(root, torch.optim.SGD([torch.zeros(1)])).reshard()
+    Sharding(root, torch.optim.SGD([torch.zeros(1)])).drop_copies()
     if isinstance(module.case.strategy, cases.FSDP1):
         with strategies.full_state_dict_context(root):
             return {name: value.clone().cpu() for name, value in root.state_dict().items()}
