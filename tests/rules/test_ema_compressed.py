@@ -338,3 +338,13 @@ def test_fsdp1_is_refused() -> None:
         with pytest.raises(ValueError, match=r"must be 'float32' under FSDP \(1\), got "):
             Settings(direction_dtype=dtype).rule(sgd(start()), wrapped)
     Settings().rule(sgd(start()), wrapped)
+
+
+@pytest.mark.parametrize("codec", [BFloat16(), Int8()])
+@pytest.mark.parametrize("shape", [(0, 4096), (0, 100)])
+def test_an_empty_shard_has_an_empty_direction(codec: Codec, shape: tuple[int, int]) -> None:
+    """A process may hold no row of a matrix that has fewer rows than there are processes."""
+    tensors = codec.make(torch.empty(shape))
+    codec.write_(tensors, torch.empty(shape), noise=None)
+    direction = codec.read(tensors)
+    assert (direction.shape, direction.dtype) == (shape, torch.float32)

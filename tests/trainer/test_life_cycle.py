@@ -190,3 +190,18 @@ def test_several_optimizers_each_have_a_count_of_their_own() -> None:
     trainer.fit(Manual(steps=2), loader(5))
     assert trainer.global_step == 20
     assert [o.param_groups[0][STEP_KEY] for o in trainer.optimizers] == [10, 10]
+
+
+def test_fit_that_fails_on_its_second_optimizer_leaves_nothing_for_the_next() -> None:
+    class Twice(Manual):
+        def configure_optimizers(self) -> Any:
+            first, _ = super().configure_optimizers()
+            return [first, first]
+
+    callback = ema_nesterov()
+    with pytest.raises(RuntimeError, match="must have one lookahead method"):
+        make_trainer(callback, max_epochs=1).fit(Twice(), loader(5))
+    assert callback.lookaheads == ()
+    trainer = make_trainer(callback, max_epochs=1)
+    trainer.fit(Manual(), loader(5))
+    assert [o.param_groups[0][STEP_KEY] for o in trainer.optimizers] == [5, 5]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ema_nesterov import EMANesterov
+from lightning_ema_nesterov.core.progress import STEP_KEY
 from tests.core import reference
 from tests.toys import (
     Batches,
@@ -22,6 +26,7 @@ from tests.toys import (
     batch_gradients,
     ema_directions,
     ema_nesterov,
+    equal,
     loader,
     lookahead_point,
     make_trainer,
@@ -213,3 +218,68 @@ def test_lbfgs_begins_each_step_at_the_lookahead_point() -> None:
         assert t == 0 or relative_error(point, recorder.params[t]) > 1e-4
     assert len(module.points) == 10
     assert loss_of(module) < 0.8 * loss_of(Toy(lbfgs))
+
+
+class Shares(Toy):
+    """Two optimizers that share all parameters, two batches a step of each."""
+
+    def __init__(self) -> None:
+        super().__init__(sgd)
+        self.automatic_optimization = False
+        self.points: list[list[Tensor]] = []
+
+    def configure_optimizers(self) -> Any:
+        return [sgd(self.parameters()), sgd(self.parameters())]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.points.append(snapshot(self))
+        self.manual_backward(self.forward(batch) / 2)
+        if batch_idx % 2:
+            for optimizer in cast("list[Any]", self.optimizers()):
+                optimizer.step()
+            self.zero_grad()
+
+
+def test_a_look_in_the_window_of_optimizers_that_share_parameters_changes_nothing() -> None:
+    quiet, watched = Shares(), Shares()
+    make_trainer(ema_nesterov(), max_epochs=1).fit(quiet, loader(16))
+    recorder = Recorder("on_train_batch_start")
+    make_trainer([ema_nesterov(), recorder], max_epochs=1).fit(watched, loader(16))
+    assert len(watched.points) == 16
+    for first, second in zip(watched.points[::2], watched.points[1::2], strict=True):
+        assert equal(first, second)
+    assert equal(snapshot(quiet), snapshot(watched))
+    assert not equal(recorder.params[-1], watched.points[-1])
+
+
+def test_an_optimizer_that_has_not_stepped_yet_resumes_at_its_first_step(tmp_path: Path) -> None:
+    """The second one steps from batch 6 on, behind the checkpoint."""
+
+    class Late(Manual):
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            first, second = cast("list[Any]", self.optimizers())
+            loss = self.forward(torch.ones_like(batch))  # a loader begins anew where a run resumes
+            self.zero_grad()
+            self.manual_backward(loss)
+            first.step()
+            if batch_idx >= 6:
+                second.step()
+
+    class Saves(Callback):
+        def on_train_batch_end(
+            self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if batch_idx == 3:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    def callback() -> EMANesterov:
+        return EMANesterov(0.5, 0.9, warmup=3, rest=0, total_steps=12)
+
+    whole, resumed = Late(), Late()
+    trainer = make_trainer([callback(), Saves()], max_epochs=1)
+    trainer.fit(whole, loader(12))
+    again = make_trainer(callback(), max_epochs=1)
+    again.fit(resumed, loader(12), ckpt_path=tmp_path / "early.ckpt")
+    for one in (trainer, again):
+        assert [o.param_groups[0][STEP_KEY] for o in one.optimizers] == [12, 6]
+    assert equal(snapshot(whole), snapshot(resumed))

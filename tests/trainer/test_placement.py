@@ -199,3 +199,29 @@ def test_step_skipped_by_the_scaler_leaves_the_iterate(is_first: bool, fused: bo
     assert relative_error(m[3], m[2]) < 1e-6
     assert relative_error(m[4], m[3]) > 1e-2
     assert all(equal(seen, params) for seen, params in zip(averaging.seen, x, strict=True))
+
+
+def test_a_model_that_is_put_in_evaluation_mode_in_a_window_holds_the_iterate() -> None:
+    """Lightning calls that hook of the module before those of callbacks."""
+
+    class Looks(Forwards):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[list[Tensor]] = []
+
+        def on_validation_model_eval(self) -> None:
+            self.seen.append(snapshot(self))
+            self.eval()
+
+    module, recorder = Looks(), Recorder("on_validation_start")
+    trainer = make_trainer(
+        [ema_nesterov(), recorder],
+        max_epochs=1,
+        accumulate_grad_batches=4,
+        val_check_interval=3,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, loader(24), loader(2))
+    assert len(module.seen) == len(recorder.params) == 8
+    for seen, expected in zip(module.seen, recorder.params, strict=True):
+        assert equal(seen, expected)
