@@ -116,7 +116,8 @@ def _of_file(source: Path, share: float) -> dict[str, Any]:
 
 
 def _owns(weights: Iterable[str], directions: SavedDirections) -> bool:
-    return set(_by_plain_name(weights, directions)).issuperset(directions.names())
+    names = [name for name in weights if isinstance(name, str)]  # a bare optimizer has numbers
+    return set(_by_plain_name(names, directions)).issuperset(directions.names())
 
 
 def _only(candidates: Mapping[str, _T], names: Iterable[str]) -> tuple[str, _T]:

@@ -312,7 +312,12 @@ def test_wrong_sources_and_targets_are_named_and_nothing_is_written(tmp_path: Pa
     torch.save([1, 2], other)
     (tmp_path / "folder").mkdir()
     target = tmp_path / "target.pt"
+    attach_ema_nesterov(optimizer, net, warmup=0, rest=0).extrapolate()
+    torch.stack([p.sum() for p in net.parameters()]).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "bare.pt")
     cases: list[tuple[Path, type[Exception], str]] = [
+        (tmp_path / "bare.pt", ValueError, "one set of weights beside the optimizer"),
         (plain, ValueError, "must be made with EMA-Nesterov"),
         (cut, ValueError, "source must be a whole checkpoint"),
         (other, ValueError, "source must be a checkpoint"),
@@ -327,4 +332,4 @@ def test_wrong_sources_and_targets_are_named_and_nothing_is_written(tmp_path: Pa
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\]"):
         average_checkpoint(plain, target, share=2.0)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"plain.pt", "cut.pt", "other.pt", "folder"}
+    assert names == {"plain.pt", "bare.pt", "cut.pt", "other.pt", "folder"}
