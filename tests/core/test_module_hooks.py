@@ -359,7 +359,7 @@ def test_a_region_of_autocast_keeps_no_weights_of_another_point() -> None:
 
     for _ in range(6):
         optimizer_of(handle).zero_grad()
-        loss().backward()
+        loss().backward()  # type: ignore[no-untyped-call]  # of torch
         optimizer_of(handle).step()
     with torch.no_grad(), cast():
         at_iterate = loss().item()
@@ -388,7 +388,8 @@ class Agent(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = self.target(inputs + 0.1)
-        return (self.net(inputs) - 1.0 - 0.9 * wanted).square()
+        loss: Tensor = (self.net(inputs) - 1.0 - 0.9 * wanted).square()
+        return loss
 
 
 @pytest.mark.parametrize("part", ["target", "net", ""])
