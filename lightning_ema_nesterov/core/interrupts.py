@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 __all__ = ["uninterrupted"]
 
+_T = TypeVar("_T")
+
 
 class _Held:
     """A handler that notes a first Ctrl-C, and gives a second one to the handler from before."""
+
+    now: _Held | None = None
+    """The one that is installed."""
 
     def __init__(self, before: Any) -> None:
         self.before = before
@@ -27,23 +32,33 @@ class _Held:
         self.has_come = True
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back inside a ``with`` block or a function, and let it come behind it.
+def uninterrupted(move: Callable[..., _T]) -> Callable[..., _T]:
+    """Hold Ctrl-C back inside of a function, and let it come behind it.
 
     Python raises it between any two statements: behind a change of the parameters, and before it is
     noted that they changed. Nothing can then be put right. A second Ctrl-C comes at once.
     """
-    is_main = threading.current_thread() is threading.main_thread()  # the others get no signal
-    before = signal.getsignal(signal.SIGINT) if is_main else None
-    if before is None or isinstance(before, _Held) or torch.compiler.is_compiling():
-        yield
-        return
-    held = _Held(before)
-    signal.signal(signal.SIGINT, held)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if held.has_come:
-            signal.raise_signal(signal.SIGINT)
+
+    @functools.wraps(move)
+    def run(*args: Any, **kwargs: Any) -> _T:
+        # Other threads get no signal, and a handler of C cannot be put back.
+        if _Held.now is not None or torch.compiler.is_compiling() or not _is_main_thread():
+            return move(*args, **kwargs)
+        before = signal.getsignal(signal.SIGINT)
+        if before is None:
+            return move(*args, **kwargs)
+        held = _Held.now = _Held(before)
+        signal.signal(signal.SIGINT, held)
+        try:
+            return move(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            _Held.now = None
+            if held.has_come:
+                signal.raise_signal(signal.SIGINT)
+
+    return run
+
+
+def _is_main_thread() -> bool:
+    return threading.get_ident() == threading.main_thread().ident

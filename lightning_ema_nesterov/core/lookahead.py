@@ -136,7 +136,7 @@ class Lookahead:
         while self._handles:
             self._handles.pop().remove()
 
-    @uninterrupted()
+    @uninterrupted
     def extrapolate(self) -> None:
         """Move the parameters to the lookahead point, unless they are there.
 
@@ -158,7 +158,7 @@ class Lookahead:
             for step_size, params in self.scope.by_step_size(self.schedule, self.progress):
                 self._window.extrapolate(params, step_size)
 
-    @uninterrupted()
+    @uninterrupted
     def retract(self) -> None:
         """Return the parameters to the iterate for good: no step follows from where they are."""
         self.leave_average()
@@ -168,7 +168,7 @@ class Lookahead:
         self._hooks.reset()
         self._window = None
 
-    @uninterrupted()
+    @uninterrupted
     def skip(self) -> None:
         """Close a window whose step was skipped: back to the iterate, and the step counts."""
         if self._window is not None:
@@ -176,7 +176,7 @@ class Lookahead:
             self.rule.after_step(self.step_idx)
             self.progress.step_idx += 1
 
-    @uninterrupted()
+    @uninterrupted
     def pause(self) -> None:
         """Return the parameters to the iterate until :meth:`extrapolate` or :meth:`resume`."""
         if self._window is None:
@@ -199,7 +199,7 @@ class Lookahead:
         """Whether the parameters hold the average."""
         return self._average is not None
 
-    @uninterrupted()
+    @uninterrupted
     def resume(self) -> None:
         """Put back, bit for bit, what :meth:`pause` put aside."""
         self.leave_average()
@@ -234,7 +234,7 @@ class Lookahead:
             if outer is not None:
                 self.enter_average(outer.share)
 
-    @uninterrupted()
+    @uninterrupted
     def enter_average(self, share: float = 1.0) -> None:
         """Move the parameters to the average of the iterates until :meth:`leave_average`.
 
@@ -247,7 +247,7 @@ class Lookahead:
         self.pause()
         self._average = AtAverage(self.rule, self.sharding, share)
 
-    @uninterrupted()
+    @uninterrupted
     def leave_average(self) -> None:
         """Return from the average to the iterate, bit for bit; nothing where they are not there."""
         if self._average is not None:
@@ -265,7 +265,7 @@ class Lookahead:
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         self.retract()  # whatever is loaded, parameters that nobody loads stay at the iterate
 
-    @uninterrupted()
+    @uninterrupted
     def _begin_step(self) -> None:
         if not self._handles:
             return  # detached in the closure
@@ -280,7 +280,7 @@ class Lookahead:
         with record_function("ema_nesterov/begin"):
             window.begin(params, is_measured=self.will_measure)
 
-    @uninterrupted()
+    @uninterrupted
     def _end_step(self) -> None:
         window = self._window
         if window is None:

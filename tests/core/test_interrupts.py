@@ -158,12 +158,15 @@ def test_memory_that_runs_out_on_the_way_to_the_average_leaves_the_iterate() -> 
 def test_ctrl_c_waits_and_a_second_one_does_not() -> None:
     reached = []
 
-    @uninterrupted()
+    @uninterrupted
     def press(how_often: int) -> None:
-        with uninterrupted():
-            for number in range(how_often):
-                interrupt()
-                reached.append(number)
+        press_here(how_often)
+
+    @uninterrupted
+    def press_here(how_often: int) -> None:
+        for number in range(how_often):
+            interrupt()
+            reached.append(number)
 
     for how_often in (1, 2):
         with pytest.raises(KeyboardInterrupt):
@@ -174,14 +177,13 @@ def test_ctrl_c_waits_and_a_second_one_does_not() -> None:
 
 
 def test_a_thread_is_not_held() -> None:
-    finished = []
-
-    def run() -> None:
-        with uninterrupted():
-            finished.append(signal.getsignal(signal.SIGINT))
-
     before = signal.getsignal(signal.SIGINT)
-    thread = threading.Thread(target=run)
+    assert uninterrupted(signal.getsignal)(signal.SIGINT) is not before
+    found = []
+    thread = threading.Thread(
+        target=uninterrupted(lambda: found.append(signal.getsignal(signal.SIGINT)))
+    )
     thread.start()
     thread.join()
-    assert finished == [before]
+    assert found == [before]
+    assert signal.getsignal(signal.SIGINT) is before
