@@ -285,6 +285,15 @@ def test_what_is_finished_of_the_joint_study_is_said() -> None:
         halves = [_in_words(mean(half)) for half in (gaps[:4], gaps[4:])]
         assert f"first four seeds had {step_size} at {halves[0]} and the next four, " in section
         assert f"which were added for that, at {halves[1]}" in section
+    choosing = {(r.run.base, r.run.method, r.run.lr): r.final for r in results if r.run.seed == 0}
+    for base, lr, step_size in (
+        ("adamw", 0.008, 0.5),
+        ("muon", 0.02, 0.5),
+        ("soap", 0.016, 0.3),
+        ("scale", 0.002, 0.7),
+    ):
+        for method in (f"longer_{base}", f"ema[lookahead_step_size={step_size}]"):
+            assert f"{choosing[base, method, lr]:.4f}" in section.split("A longer memory")[1]
     ahead, alone = (f"ema[lookahead_step_size={b}] @ 1" for b in (0.5, 0))
     gaps = _gaps_of_the_joint_study("adamw", 0.008, ahead, alone)
     assert f"lookahead itself adds {mean(gaps):.4f} there" in section
