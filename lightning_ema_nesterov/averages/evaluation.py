@@ -119,16 +119,14 @@ class Evaluation:
 
     def _trained_before(self, module: nn.Module) -> list[Lookahead]:
         for lookahead, _ in self._trained:
-            # A module's parameters are then those of its optimizer.
             lookahead.sharding.drop_copies()
-        own = set(module.parameters())
         # Another average at the end of fit, or weights that were loaded: what was learned about the
         # former ones does not lead to an average of these.
         is_there = all(samples.are_unchanged() for _, samples in self._trained)
         return [
             lookahead
             for lookahead, _ in self._trained
-            if is_there and any(p in own for p in lookahead.rule.store.all_params())
+            if is_there and lookahead.rule.store.has_params_of(module)
         ]
 
 

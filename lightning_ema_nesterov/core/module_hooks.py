@@ -254,10 +254,13 @@ class ModuleHooks:
 
     def _before_load(self, module: nn.Module, *args: Any) -> None:
         self._leave_interrupted_looks()
-        own = set(module.parameters())
-        # A frozen part of the module, as a target network, may be loaded before a backward pass.
-        if any(p in own for p in self._lookahead.rule.store.all_params()):
-            self._lookahead.retract()
+        lookahead = self._lookahead
+        if lookahead.is_open:
+            lookahead.sharding.drop_copies()
+            # A frozen part, as a target network, may be loaded before the backward pass.
+            if not lookahead.rule.store.has_params_of(module):
+                return
+        lookahead.retract()
 
 
 def _wrapped_by(module: nn.Module) -> Iterator[nn.Module]:

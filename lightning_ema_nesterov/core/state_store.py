@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -83,6 +83,11 @@ class StateStore:
     def known_params(self) -> list[Tensor]:
         """Return all parameters that have their tensors."""
         return [p for p in self.all_params() if self.has(p)]
+
+    def has_params_of(self, module: nn.Module) -> bool:
+        """Return whether a module holds parameters of the optimizer, and no gathered copies."""
+        own = set(module.parameters())
+        return any(p in own for p in self.all_params())
 
     def column(self, params: Iterable[Tensor], key: str = "") -> list[Tensor]:
         """Return one tensor of each parameter; without a key the first."""

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -185,6 +187,26 @@ def test_a_look_at_what_is_wrapped_sees_the_iterate(wrap: Callable[[nn.Module], 
         loss.backward()
         optimizer.step()
     check(model, lambda at_x, x, t: REWARDS)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_weights_that_are_loaded_while_fsdp2_holds_gathered_ones_stay() -> None:
+    """In a window: the parameters of the module are then not those of the optimizer."""
+    model = QNetwork()
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    optimizer = sgd(model.parameters())
+    handle = attach(optimizer, model)
+    for _ in range(NUM_STEPS):
+        train_step(model, optimizer)
+    loaded = {key: torch.ones_like(value) for key, value in model.state_dict().items()}
+    model(STATES)
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    assert not set(own) & set(model.parameters())
+    model.load_state_dict(loaded)
+    handle.detach()
+    for p in own:
+        assert (p.detach().to_local() == 1.0).all()
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
