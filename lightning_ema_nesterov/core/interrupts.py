@@ -6,12 +6,13 @@ import functools
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 __all__ = ["uninterrupted"]
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -32,7 +33,7 @@ class _Held:
         self.has_come = True
 
 
-def uninterrupted(move: Callable[..., _T]) -> Callable[..., _T]:
+def uninterrupted(move: Callable[_P, _T]) -> Callable[_P, _T]:
     """Hold Ctrl-C back inside of a function, and let it come behind it.
 
     Python raises it between any two statements: behind a change of the parameters, and before it is
@@ -40,11 +41,12 @@ def uninterrupted(move: Callable[..., _T]) -> Callable[..., _T]:
     """
 
     @functools.wraps(move)
-    def run(*args: Any, **kwargs: Any) -> _T:
-        # Other threads get no signal, and a handler of C cannot be put back.
-        if _Held.now is not None or torch.compiler.is_compiling() or not _is_main_thread():
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if _Held.now is not None or torch.compiler.is_compiling():
             return move(*args, **kwargs)
-        before = signal.getsignal(signal.SIGINT)
+        # Other threads get no signal, and a handler of C cannot be put back.
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGINT) if is_main else None
         if before is None:
             return move(*args, **kwargs)
         held = _Held.now = _Held(before)
@@ -58,7 +60,3 @@ def uninterrupted(move: Callable[..., _T]) -> Callable[..., _T]:
                 signal.raise_signal(signal.SIGINT)
 
     return run
-
-
-def _is_main_thread() -> bool:
-    return threading.get_ident() == threading.main_thread().ident

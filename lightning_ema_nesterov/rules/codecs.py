@@ -147,8 +147,6 @@ class Int8:
     def read(self, stored: Sequence[Tensor]) -> Tensor:
         """Return the direction in float32."""
         codes, scales = stored
-        if codes.numel() == 0:
-            return codes.float()
         if codes.shape[-1] % BLOCK_SIZE == 0:
             blocks = _in_blocks(codes).mul(scales.unsqueeze(-1))
             return blocks.flatten(-2)
@@ -208,7 +206,8 @@ def read_any(p: Tensor, stored: Sequence[Tensor]) -> Tensor:
 
 
 def _in_blocks(tensor: Tensor) -> Tensor:
-    return tensor.reshape(*tensor.shape[:-1], -1, BLOCK_SIZE)
+    # Not -1, which an empty shard leaves open.
+    return tensor.reshape(*tensor.shape[:-1], tensor.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
 
 
 def _zero_scales(p: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class SelfChosenStepSize(EMANesterov):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._before is not None:
+        if self._before is not None and self._chooses_by == "polyak":
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in _params(optimizer)]
             self._slope = torch.dot(torch.cat([g.flatten() for g in grads]), self._before).item()
 

@@ -82,6 +82,10 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def run_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("out of memory")
+
+
 @pytest.mark.parametrize("action", [step, look_at_average, look_in_window])
 def test_ctrl_c_behind_any_operation_leaves_an_iterate_and_its_direction(
     action: Callable[..., None],
@@ -120,10 +124,7 @@ def test_memory_that_runs_out_where_a_step_begins_leaves_the_iterate(direction_d
     model(INPUTS).square().mean().backward()
     handle.measure_next_step()
 
-    def fail() -> None:
-        raise torch.OutOfMemoryError("out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError), AfterOperation(1, fail):
+    with pytest.raises(torch.OutOfMemoryError), AfterOperation(1, run_out_of_memory):
         optimizer.step()
     saved = list(model.state_dict().values())
     handle.detach()
@@ -136,15 +137,12 @@ def test_memory_that_runs_out_on_the_way_to_the_average_leaves_the_iterate() -> 
     model, _, handle = trained()
     before = [p.detach().clone() for p in model.parameters()]
 
-    def fail() -> None:
-        raise torch.OutOfMemoryError("out of memory")
-
     number = 0
     while True:
         number += 1
         average = handle.at_average()
         try:
-            with AfterOperation(number, fail):
+            with AfterOperation(number, run_out_of_memory):
                 average.__enter__()
         except torch.OutOfMemoryError:
             for p, weight in zip(model.parameters(), before, strict=True):
@@ -177,12 +175,16 @@ def test_ctrl_c_waits_and_a_second_one_does_not() -> None:
 
 
 def test_a_thread_is_not_held() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    assert uninterrupted(signal.getsignal)(signal.SIGINT) is not before
     found = []
-    thread = threading.Thread(
-        target=uninterrupted(lambda: found.append(signal.getsignal(signal.SIGINT)))
-    )
+
+    @uninterrupted
+    def note() -> None:
+        found.append(signal.getsignal(signal.SIGINT))
+
+    before = signal.getsignal(signal.SIGINT)
+    note()
+    assert found.pop() is not before
+    thread = threading.Thread(target=note)
     thread.start()
     thread.join()
     assert found == [before]

@@ -25,6 +25,20 @@ from lightning_ema_nesterov.experiments.study.tables import standings
 from tests.experiments.toys import Model, result, write
 
 
+def report_of(
+    results: list[Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    confirming_seeds: list[int],
+) -> str:
+    """The report of a study in which seed 0 chooses."""
+    study = load_study(write(tmp_path, seeds=[0], confirming_seeds=confirming_seeds))
+    claim(study, tmp_path / "out")
+    monkeypatch.setattr(report, "read_events", lambda folder: results)
+    return write_report(tmp_path / "out").with_suffix(".md").read_text()
+
+
 @pytest.mark.slow
 def test_second_round_trains_only_what_the_first_chose(tmp_path: Path) -> None:
     """Also the learning rate that is best at an average only."""
@@ -142,9 +156,8 @@ def test_base_without_confirming_runs_is_shown_with_those_that_chose(
     waiting = replace(result("none", 0.2, 0, [2.0]), run=Run("muon", "none", 0.2, 0))
     both = [*confirmed, waiting]
     assert [(r.run.base, r.final) for r in judged(both, [1])] == [("sgd", 3.0), ("muon", 2.0)]
-    claim(load_study(write(tmp_path, seeds=[0], confirming_seeds=[1])), tmp_path / "out")
-    monkeypatch.setattr(report, "read_events", lambda folder: both)
-    _, *sections = write_report(tmp_path / "out").with_suffix(".md").read_text().split("\n## ")
+    text = report_of(both, tmp_path, monkeypatch, confirming_seeds=[1])
+    _, *sections = text.split("\n## ")
     assert {section.split()[0] for section in sections} >= {"sgd", "muon"}
     for section in sections:
         is_waiting = "this is of the seeds that chose" in section
@@ -161,9 +174,7 @@ def test_chosen_rate_that_waits_for_its_confirming_seeds_is_shown(
         *(result(m, 0.1, seed, [3.0 + seed]) for m in ("none", "ema") for seed in (1, 2)),
     ]
     assert judged(every, [1, 2]) == every[:2]
-    claim(load_study(write(tmp_path, seeds=[0], confirming_seeds=[1, 2])), tmp_path / "out")
-    monkeypatch.setattr(report, "read_events", lambda folder: every)
-    text = write_report(tmp_path / "out").with_suffix(".md").read_text()
+    text = report_of(every, tmp_path, monkeypatch, confirming_seeds=[1, 2])
     chosen, other = text.split("### sgd at 0.1, which was not chosen")
     assert "| none | 0.2 (largest) | 1.0000 |" in chosen
     assert "Not confirmed yet: this is of the seeds that chose." in chosen
@@ -216,9 +227,7 @@ def test_another_rate_that_was_confirmed_is_reported(
         for seed, loss in enumerate(of_seeds)
     ]
     every.append(result("none", 0.4, 1, [1.0]))  # one seed has no interval
-    claim(load_study(write(tmp_path, seeds=[0], confirming_seeds=[1, 2])), tmp_path / "out")
-    monkeypatch.setattr(report, "read_events", lambda folder: every)
-    text = write_report(tmp_path / "out").with_suffix(".md").read_text()
+    text = report_of(every, tmp_path, monkeypatch, confirming_seeds=[1, 2])
     chosen, other = text.split("### sgd at ")
     assert "| none | 0.1 (smallest) | 3.1000 ± 0.1414 |" in chosen
     assert "| ema | 0.1 (smallest) | 2.5500 ± 0.0707 | -0.5500 [-1.1853, +0.0853] |" in chosen
