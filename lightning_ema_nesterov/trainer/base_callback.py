@@ -152,6 +152,16 @@ class LookaheadCallback(Callback, ABC):
             for idx, max_lr in enumerate(max_lrs):
                 lookahead.progress.set_max_lr(idx, max_lr)
             self._take_up(trainer, lookahead, is_first=is_first)
+            if pl_module.automatic_optimization:
+                self._keep_count_on_load(trainer, lookahead)
+
+    def _keep_count_on_load(self, trainer: Trainer, lookahead: Lookahead) -> None:
+        def keep_count(optimizer: Optimizer) -> None:
+            # A callback that returns to earlier weights leaves the Trainer's count as it is.
+            lookahead.progress.step_idx = trainer.global_step // steps_per_global_step(trainer)
+
+        handle = lookahead.base_optimizer.register_load_state_dict_post_hook(keep_count)
+        self._detach.callback(handle.remove)
 
     def _take_up(self, trainer: Trainer, lookahead: Lookahead, *, is_first: bool) -> None:
         num_steps = trainer.global_step // steps_per_global_step(trainer)

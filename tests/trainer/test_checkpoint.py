@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 from pathlib import Path
@@ -209,6 +210,33 @@ def test_crash_between_steps_resumes_bitwise(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     resumed = fit(adamw, [scheduled_callback(), checkpoint()], ckpt_path=path, **options)
     assert equal(every_tensor(fit(adamw, [scheduled_callback()])), every_tensor(resumed))
+
+
+class ReturnsToEarlier(Callback):
+    """Go back in step 8 to the weights and the state of step 4, as after a spike of the loss."""
+
+    def __init__(self) -> None:
+        self.earlier: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        optimizer = trainer.optimizers[0]
+        if trainer.global_step == 4:
+            self.earlier = copy.deepcopy((pl_module.state_dict(), optimizer.state_dict()))
+        if trainer.global_step == 8 and self.earlier is not None:
+            pl_module.load_state_dict(self.earlier[0])
+            optimizer.load_state_dict(self.earlier[1])
+
+
+def test_run_that_returned_to_earlier_weights_resumes_bitwise(tmp_path: Path) -> None:
+    """What it went back to is its own: the directions count, and it rests when the Trainer ends."""
+    path = tmp_path / "last.ckpt"
+    whole = fit(adamw, [scheduled_callback(), ReturnsToEarlier()])
+    stopped = fit(adamw, [scheduled_callback(), ReturnsToEarlier()], num_epochs=3)
+    stopped.save_checkpoint(path)
+    resumed = fit(adamw, [scheduled_callback(), ReturnsToEarlier()], ckpt_path=path)
+    assert equal(every_tensor(whole), every_tensor(resumed))
+    assert whole.optimizers[0].state_dict()["param_groups"][0][STEP_KEY] == NUM_STEPS
+    assert not equal(every_tensor(whole), every_tensor(fit(adamw, [scheduled_callback()])))
 
 
 def test_run_that_is_made_longer_continues_with_the_direction_of_its_rest(tmp_path: Path) -> None:
