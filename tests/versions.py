@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["EMAWeightAveraging", "is_older_lightning", "muon"]
+__all__ = ["EMAWeightAveraging", "is_older_lightning", "muon", "needs_fsdp2_on_cpu"]
 
 try:
     from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -29,6 +29,12 @@ def is_older_lightning() -> bool:
     """Return whether Lightning is older than 2.6, whose faults no test may take for ours."""
     major, minor = lightning.__version__.split(".")[:2]
     return (int(major), int(minor)) < (2, 6)
+
+
+needs_fsdp2_on_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch needs a GPU"
+)
+"""For tests that train with it in one process."""
 
 
 def muon(params: Iterable[Tensor]) -> Optimizer:

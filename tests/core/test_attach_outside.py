@@ -32,6 +32,7 @@ from tests.core.q_network import (
     weights,
 )
 from tests.toys import equal
+from tests.versions import needs_fsdp2_on_cpu
 
 
 def test_double_dqn_with_a_copied_target_network() -> None:
@@ -189,6 +190,7 @@ def test_a_look_at_what_is_wrapped_sees_the_iterate(wrap: Callable[[nn.Module], 
     check(model, lambda at_x, x, t: REWARDS)
 
 
+@needs_fsdp2_on_cpu
 @pytest.mark.usefixtures("process_group")
 def test_weights_that_are_loaded_while_fsdp2_holds_gathered_ones_stay() -> None:
     """In a window: the parameters of the module are then not those of the optimizer."""

@@ -34,7 +34,7 @@ from tests.toys import (
     sgd,
     snapshot,
 )
-from tests.versions import muon
+from tests.versions import is_older_lightning, muon
 
 
 class InTurns(Optimizer):
@@ -254,6 +254,8 @@ def test_a_look_in_the_window_of_optimizers_that_share_parameters_changes_nothin
 
 def test_an_optimizer_that_has_not_stepped_yet_resumes_at_its_first_step(tmp_path: Path) -> None:
     """The second one steps from batch 6 on, behind the checkpoint."""
+    if is_older_lightning():
+        pytest.skip("this Lightning trains the last batch before a checkpoint again")
 
     class Late(Manual):
         def training_step(self, batch: Tensor, batch_idx: int) -> None:
