@@ -74,8 +74,8 @@ def test_map_shows_every_loss_and_the_line_of_equal_steps(
     shown = {(text.get_position()[0], text.get_position()[1]): text for text in axes.texts}
     for row, step_size in enumerate(STEP_SIZES):
         losses = {lr: synthetic_loss(step_size, lr, 0) for lr in LRS}
-        for lr, loss in losses.items():
-            text = shown[lr, row]
+        for column, (lr, loss) in enumerate(losses.items()):
+            text = shown[column, row]
             is_diverged = step_size == 0.7 and lr == 0.016
             assert text.get_text() == ("diverged" if is_diverged else f"{loss:.4f}")
             assert (text.get_fontweight() == "bold") is (loss == min(losses.values()))
@@ -85,7 +85,30 @@ def test_map_shows_every_loss_and_the_line_of_equal_steps(
     for x, y in np.asarray(line.get_data(), dtype=float).T:
         below = int(min(y, len(STEP_SIZES) - 2))
         beta = STEP_SIZES[below] + (y - below) * (STEP_SIZES[below + 1] - STEP_SIZES[below])
-        assert x == pytest.approx(best_lr * (1.0 - beta))
+        assert LRS[0] * 2.0**x == pytest.approx(best_lr * (1.0 - beta))
+
+
+def test_rates_that_only_the_baseline_had_do_not_crowd_the_map(
+    tmp_path: Path, figures: dict[str, Figure]
+) -> None:
+    """The baseline is also trained at lr / (1 - step size), here 20 % above another rate."""
+    every = synthetic(range(1))
+    every += [result("none", lr, 0, [2.0, synthetic_loss(0.0, lr, 0)]) for lr in (0.0048, 0.03)]
+    every = [r for r in every if (r.run.method, r.run.lr) != ("none", 0.008)]
+    draw_step_sizes(tmp_path, "sgd", every, standings(with_averages(every), "sgd"))
+    rates = [0.002, 0.004, 0.0048, 0.008, 0.016, 0.03]
+    axes: Axes = figures["sgd_ema_map"].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"{r:.3g}" for r in rates]
+    assert list(axes.get_xticks()) == list(range(len(rates)))
+    written = {(text.get_position(), text.get_text()) for text in axes.texts}
+    for column, lr in enumerate(rates):
+        expected = f"{synthetic_loss(0.0, lr, 0):.4f}"
+        assert (((column, 1), expected) in written) is (lr != 0.008)
+    [line] = axes.get_lines()  # through the baseline's best rate
+    xs, ys = np.asarray(line.get_data(), dtype=float)
+    best_lr = min((lr for lr in rates if lr != 0.008), key=lambda lr: synthetic_loss(0.0, lr, 0))
+    assert np.interp(1.0, ys, xs) == pytest.approx(rates.index(best_lr), abs=0.05)
+    assert list(figures["sgd_ema_rates"].axes[0].get_xticks()) == list(LRS)
 
 
 def test_curves_are_over_the_learning_rate_and_over_that_of_steady_steps(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -106,18 +105,16 @@ def _draw_map(path: Path, title: str, cells: Cells) -> None:
     with figure_at(path, height=2.2 + 0.5 * len(step_sizes)) as figure:
         axes = figure.subplots()
         axes.grid(visible=False)
-        edges = [2.0**x for x in _edges([math.log2(lr) for lr in lrs])]
-        rows = _edges(list(range(len(step_sizes))))
+        axes.set_facecolor("lightgrey")  # of what was not tried
         shown = np.where(np.isinf(gaps), math.nan, gaps)
         # Linear near the baseline, where the step size decides, and logarithmic beyond.
         most = float(np.nanmax(np.abs(shown), initial=bound))
         scale = AsinhNorm(linear_width=bound / 3, vmin=-most, vmax=most)
-        image = axes.pcolormesh(edges, rows, shown, cmap="RdBu_r", norm=scale)
-        _write_losses(axes, lrs, losses, np.abs(scale(gaps) - 0.5))
-        _draw_line(axes, best_lr, step_sizes, (edges[0], edges[-1]))
-        axes.set_xscale("log", base=2)
-        axes.set_xlim(edges[0], edges[-1])
-        axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+        # Columns of one width: rates that only the baseline had may lie close together.
+        image = axes.imshow(shown, cmap="RdBu_r", norm=scale, aspect="auto", origin="lower")
+        _write_losses(axes, losses, np.abs(scale(gaps) - 0.5))
+        _draw_line(axes, best_lr, step_sizes, lrs)
+        axes.set_xticks(range(len(lrs)), [f"{lr:.3g}" for lr in lrs])
         axes.set_yticks(range(len(step_sizes)), [f"{s:g}" for s in step_sizes])
         axes.set_ylabel("lookahead step size β")
         axes.set_xlabel("learning rate η")
@@ -143,15 +140,7 @@ def _colour_bound(gaps: np.ndarray) -> float:
     return max(-2.0 * float(gaps.min()), float(np.median(np.abs(gaps)))) or 1.0
 
 
-def _edges(centres: Sequence[float]) -> list[float]:
-    """Return the borders of cells with these centres, in increasing order."""
-    inner = [(a + b) / 2 for a, b in pairwise(centres)]
-    return [2 * centres[0] - inner[0], *inner, 2 * centres[-1] - inner[-1]]
-
-
-def _write_losses(
-    axes: Axes, lrs: Sequence[float], losses: np.ndarray, strengths: np.ndarray
-) -> None:
+def _write_losses(axes: Axes, losses: np.ndarray, strengths: np.ndarray) -> None:
     for i, j in np.ndindex(losses.shape):
         loss = losses[i, j]
         if math.isnan(loss):
@@ -159,28 +148,29 @@ def _write_losses(
         is_dark = math.isfinite(loss) and strengths[i, j] > 0.35
         is_best = loss == np.nanmin(losses[i]) and math.isfinite(loss)
         axes.text(
-            lrs[j],
+            j,
             i,
             f"{loss:.4f}" if math.isfinite(loss) else "diverged",
             color="white" if is_dark else "black",
             fontweight="bold" if is_best else "normal",
             ha="center",
             va="center",
-            fontsize="small",
+            fontsize="small" if losses.shape[1] <= 10 else "xx-small",
             path_effects=[withStroke(linewidth=2.5, foreground="black" if is_dark else "white")],
         )
 
 
 def _draw_line(
-    axes: Axes, best_lr: float, step_sizes: Sequence[float], limits: tuple[float, float]
+    axes: Axes, best_lr: float, step_sizes: Sequence[float], lrs: Sequence[float]
 ) -> None:
-    # Rows are evenly spaced: between two of them the step size is taken as linear.
+    # Rows and columns are evenly spaced: between two of them the step size is taken as linear, and
+    # the learning rate as geometric. It is drawn to the middle of the outermost columns.
     heights = np.linspace(0, len(step_sizes) - 1, 200)
     betas = np.interp(heights, range(len(step_sizes)), step_sizes)
     rates = best_lr * (1.0 - betas)
-    inside = (rates >= limits[0]) & (rates <= limits[1])
+    inside = (rates >= lrs[0]) & (rates <= lrs[-1])
     axes.plot(
-        rates[inside],
+        np.interp(np.log(rates[inside]), np.log(lrs), range(len(lrs))),
         heights[inside],
         color="black",
         linestyle="--",
@@ -204,7 +194,7 @@ def _draw_rates(path: Path, title: str, cells: Cells) -> None:
                 style |= {"color": "black", "linewidth": 2.0, "zorder": 3}
             left.plot([lr for lr, _ in curve], losses, **style)
             right.plot([lr / (1.0 - step_size) for lr, _ in curve], losses, **style)
-        lrs = sorted({lr for _, lr in cells})
+        lrs = sorted({lr for s, lr in cells if s != 0.0})  # the baseline's can be too many to read
         gained = _doublings({lr / (1.0 - s) for s, lr in cells}, start=lrs[0])
         for axes, label, rates in (
             (left, "learning rate η", lrs),
@@ -252,7 +242,7 @@ def _draw_best(path: Path, title: str, readings: Mapping[str, Mapping[float, Sta
             shift = 0.012 * (idx - (len(readings) - 1) / 2)
             _draw_reading(axes, reading, rows, betas, shift=shift, has_lrs=len(lrs) > 1)
         axes.legend(fontsize="small")
-        axes.margins(x=0.1)
+        axes.margins(0.1)
         axes.set_xlabel("lookahead step size β (0: the baseline)")
         axes.set_ylabel("difference to the baseline\n(below 0 is better)")
         seeds = (
@@ -287,7 +277,7 @@ def _draw_reading(
             axes.annotate(
                 f"η {rows[beta].lr:g}",
                 (beta + shift, value + margin),
-                xytext=(0, 5),
+                xytext=(0, 7),
                 textcoords="offset points",
                 ha="center",
                 fontsize="small",
