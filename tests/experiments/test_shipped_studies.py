@@ -263,7 +263,7 @@ def test_that_scale_gains_at_two_rates_is_said() -> None:
     gap = paired_difference(twice, low)
     assert gap.low < 0 < gap.high
     section = _joint_section()
-    assert f"0.004 alone ends {-gap.mean:.3f} lower than 0.002, within noise, on four" in section
+    assert f"0.004 alone ends {-gap.mean:.3f} lower than 0.002, within noise, on eight" in section
     for lr, alone in ((0.002, low), (0.004, twice)):
         ahead = _confirmed_of_the_joint_study("scale", lr, "ema[lookahead_step_size=0.3]")
         difference = paired_difference(ahead, alone)
@@ -280,23 +280,53 @@ def test_what_is_finished_of_the_joint_study_is_said() -> None:
     num_choosing = sum(result.run.seed in study.seeds for result in results)
     finished = f"{num_choosing} of {len(study.runs())} runs of seed 0"
     assert f"{finished} and {len(results) - num_choosing} of those that confirm" in section
-    for base, lr, step_size in (("muon", 0.02, 0.5), ("scale", 0.002, 0.7)):
+    for base, lr, step_size in (("muon", 0.02, 0.5), ("scale", 0.002, 0.7), ("scale", 0.004, 0.5)):
         gaps = _gaps_of_the_joint_study(base, lr, f"ema[lookahead_step_size={step_size}]", "none")
         halves = [_in_words(mean(half)) for half in (gaps[:4], gaps[4:])]
         assert f"first four seeds had {step_size} at {halves[0]} and the next four, " in section
         assert f"which were added for that, at {halves[1]}" in section
-    choosing = {(r.run.base, r.run.method, r.run.lr): r.final for r in results if r.run.seed == 0}
-    for base, lr, step_size in (
-        ("adamw", 0.008, 0.5),
-        ("muon", 0.02, 0.5),
-        ("soap", 0.016, 0.3),
-        ("scale", 0.002, 0.7),
-    ):
-        for method in (f"longer_{base}", f"ema[lookahead_step_size={step_size}]"):
-            assert f"{choosing[base, method, lr]:.4f}" in section.split("A longer memory")[1]
     ahead, alone = (f"ema[lookahead_step_size={b}] @ 1" for b in (0.5, 0))
     gaps = _gaps_of_the_joint_study("adamw", 0.008, ahead, alone)
     assert f"lookahead itself adds {mean(gaps):.4f} there" in section
+
+
+_CELLS = {"adamw": (0.008, 0.5), "muon": (0.02, 0.5), "soap": (0.016, 0.3), "scale": (0.002, 0.7)}
+"""Learning rate and step size of the cell that has a longer memory too."""
+
+
+def test_what_a_longer_memory_gives_in_the_joint_study_is_said() -> None:
+    section, gaps = _joint_section(), {}
+    for base, (lr, step_size) in _CELLS.items():
+        longer, shorter, alone = (
+            _confirmed_of_the_joint_study(base, lr, method)
+            for method in (f"longer_{base}", f"ema[lookahead_step_size={step_size}]", "none")
+        )
+        found = paired_difference(longer, alone)
+        interval = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+        assert interval in section.split("A longer memory")[1]
+        against = paired_difference(longer, shorter)
+        assert against.low < 0 < against.high
+        gaps[base] = against.mean
+    assert gaps["adamw"] < gaps["muon"] < gaps["scale"]
+    said = f"the first three end {gaps['adamw']:.3f} to {gaps['scale']:.3f} lower"
+    assert f"{said}, and SOAP {-gaps['soap']:.3f} higher, all within noise" in section
+    own = _gaps_of_the_joint_study("soap", 0.016, "longer_soap", "none")
+    first, second = (_in_words(mean(half)) for half in (own[:4], own[4:]))
+    assert f"first four seeds had it at {first} and the next four, " in section
+    assert f"which were added for that, at {second}" in section
+
+
+def test_that_a_step_size_below_0_ends_higher_is_said() -> None:
+    found = []
+    for base, (lr, _) in _CELLS.items():
+        backward, alone = (
+            _confirmed_of_the_joint_study(base, lr, method)
+            for method in ("ema[lookahead_step_size=-0.3]", "none")
+        )
+        found.append(paired_difference(backward, alone))
+    assert all(one.low < 0 < one.mean for one in found)
+    means = [one.mean for one in found]
+    assert f"by {min(means):.4f} to {max(means):.4f}, within noise" in _joint_section()
 
 
 def _joint_section() -> str:

@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ema_nesterov.cli import main
+from lightning_ema_nesterov.experiments.study import compare
 from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.results import read_lines
-from lightning_ema_nesterov.experiments.study.spec import Run
+from lightning_ema_nesterov.experiments.study.spec import Run, Study
 from lightning_ema_nesterov.experiments.study.watch import StopsAtBatchEnd, Watch
-from tests.experiments.toys import SGD, Data, environment_with_tests, write
+from tests.experiments.toys import SGD, Data, Model, environment_with_tests, write
 from tests.toys import Batches
 
 
@@ -132,6 +133,44 @@ class CtrlC(DataLoader[Tensor]):
 class InterruptedData(Data):
     def train_dataloader(self) -> DataLoader[Tensor]:
         return CtrlC(Batches(30), batch_size=None)
+
+
+def test_second_process_in_a_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study(
+        write(tmp_path, seeds=[0], methods={"none": None}, base_optimizers={"sgd": SGD})
+    )
+    train, refused = compare.train_run, []
+
+    def start_another(study: Study, run: Run, root: Path) -> None:
+        with pytest.raises(ValueError, match=r"Another process trains in .*out: wait for it"):
+            run_study(study, tmp_path / "out")
+        refused.append(run)
+        train(study, run, root)
+
+    monkeypatch.setattr(compare, "train_run", start_another)
+    run_study(study, tmp_path / "out")
+    assert [result.run for result in read_lines(tmp_path / "out/runs.jsonl")] == refused
+    monkeypatch.setattr(compare, "train_run", train)
+    run_study(study, tmp_path / "out")
+
+
+class SkipsABatch(Model):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return None if batch_idx == 3 else super().training_step(batch, batch_idx)
+
+
+def test_step_that_is_skipped_is_no_divergence(tmp_path: Path) -> None:
+    model = {"class_path": f"{SkipsABatch.__module__}.SkipsABatch"}
+    optimizers = {"sgd": SGD}
+    study = load_study(
+        write(tmp_path, model=model, methods={"none": None}, seeds=[0], base_optimizers=optimizers)
+    )
+    run_study(study, tmp_path / "out")
+    found = read_lines(tmp_path / "out/runs.jsonl")
+    assert len(found) == len(study.runs())
+    assert not any(result.is_diverged for result in found)
 
 
 def test_ctrl_c_waits_for_the_end_of_the_batch(

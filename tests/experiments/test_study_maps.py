@@ -80,6 +80,8 @@ def test_map_shows_every_loss_and_the_line_of_equal_steps(
             assert text.get_text() == ("diverged" if is_diverged else f"{loss:.4f}")
             assert (text.get_fontweight() == "bold") is (loss == min(losses.values()))
     assert axes.get_title().startswith("sgd, ema (seed 0): ")
+    colours = np.asarray(axes.images[0].get_array())  # against the best of the baseline
+    assert min(colours[STEP_SIZES.index(0.0)]) == pytest.approx(0.0)
     [line] = axes.get_lines()
     best_lr = min(LRS, key=lambda lr: synthetic_loss(0.0, lr, 0))
     for x, y in np.asarray(line.get_data(), dtype=float).T:
@@ -167,6 +169,20 @@ def test_average_without_lookahead_is_shown_where_the_grid_has_0(
         assert len(values) == len(STEP_SIZES)
         assert values[STEP_SIZES.index(0.0)] == pytest.approx(gap)
     assert "(2 to 3 seeds," in figures["sgd_ema_best"].axes[0].get_title()
+
+
+def test_rate_of_an_average_is_named_where_it_is_another(
+    tmp_path: Path, figures: dict[str, Figure]
+) -> None:
+    """At the largest rate the average of 0.3 is made to be far lower than everything else."""
+    every = synthetic(range(2))
+    for one in every:
+        if one.run.method == "ema[lookahead_step_size=0.3]" and one.run.lr == LRS[-1]:
+            one.at_average[1.0] = result("ema", one.run.lr, one.run.seed, [1.0]).val_loss
+    draw_step_sizes(tmp_path, "sgd", every, standings(with_averages(every), "sgd"))
+    texts = figures["sgd_ema_best"].axes[0].texts
+    assert len(texts) == len(STEP_SIZES) + 1
+    assert texts[-1].get_text() == f"η {LRS[-1]:g}"
 
 
 def test_there_is_no_map_without_two_rates_and_two_step_sizes(tmp_path: Path) -> None:

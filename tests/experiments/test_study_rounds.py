@@ -195,7 +195,7 @@ def test_methods_with_fewer_seeds_than_the_baseline_are_named(
     every = [result(method, 0.1, seed, [loss]) for method, seed, loss in losses]
     monkeypatch.setattr(report, "read_events", lambda folder: every)
     text = write_report(tmp_path).with_suffix(".md").read_text()
-    assert "* Fewer seeds than the 2 of the baseline: late (1). A difference is of the" in text
+    assert "* Not as many seeds as the 2 of the baseline: late (1). A difference is of the" in text
     assert "| late | 0.1 | 2.5000 | -0.5000 |" in text
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from lightning_ema_nesterov.experiments.study.claim import claim
@@ -30,7 +31,7 @@ from lightning_ema_nesterov.experiments.typed_commands import typed_command
 
 __all__ = ["LINES", "RUNS", "run_study"]
 
-LINES, RUNS = "runs.jsonl", "runs"
+LINES, RUNS, LOCK = "runs.jsonl", "runs", ".lock"
 
 
 def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
@@ -44,7 +45,7 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
 
     Raises:
         ValueError: If the folder holds another study, ``num_workers`` is too small, or an
-            optimizer cannot be made for the model.
+            optimizer cannot be made for the model; if another process trains in the folder.
     """
     if num_workers < 1:
         raise ValueError(f"num_workers must be at least 1, got {num_workers}.")
@@ -54,10 +55,16 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
     print(f"Folder: {out_dir}")
     print(f"Watch: {typed_command('tensorboard', '--logdir', out_dir / RUNS)}")
     try:
-        _train_all(study, study.runs(), out_dir, num_workers=num_workers)
-        if study.confirming_seeds:
-            second_round = confirming_runs(study, read_lines(out_dir / LINES))
-            _train_all(study, second_round, out_dir, num_workers=num_workers)
+        with FileLock(out_dir / LOCK, timeout=0):
+            _train_all(study, study.runs(), out_dir, num_workers=num_workers)
+            if study.confirming_seeds:
+                second_round = confirming_runs(study, read_lines(out_dir / LINES))
+                print("The runs that confirm:")
+                _train_all(study, second_round, out_dir, num_workers=num_workers)
+    except Timeout:
+        raise ValueError(
+            f"Another process trains in {out_dir}: wait for it, or give another out_dir."
+        ) from None
     except (KeyboardInterrupt, SystemExit):  # the latter is the Trainer's answer to Ctrl-C
         sys.exit("Stopped. The same command goes on from here.")
     print(f"Report: {typed_command('ema-nesterov', 'report', out_dir)}")

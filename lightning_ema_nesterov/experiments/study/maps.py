@@ -240,7 +240,12 @@ def _draw_best(path: Path, title: str, readings: Mapping[str, Mapping[float, Sta
         betas = sorted({beta for rows in readings.values() for beta in rows})
         for idx, (reading, rows) in enumerate(readings.items()):
             shift = 0.012 * (idx - (len(readings) - 1) / 2)
-            _draw_reading(axes, reading, rows, betas, shift=shift, has_lrs=len(lrs) > 1)
+            # Of the averages only the rates that are not those of the iterate are named.
+            named = set(betas) if len(lrs) > 1 else set()
+            if reading != "iterate":
+                same = readings.get("iterate", {})
+                named = {b for b in rows if b in same and rows[b].lr != same[b].lr}
+            _draw_reading(axes, reading, rows, betas, shift=shift, named=named)
         axes.legend(fontsize="small")
         axes.margins(0.1)
         axes.set_xlabel("lookahead step size β (0: the baseline)")
@@ -261,7 +266,7 @@ def _draw_reading(
     betas: Sequence[float],
     *,
     shift: float,
-    has_lrs: bool,
+    named: Collection[float],
 ) -> None:
     nowhere = Interval(math.nan, math.nan, math.nan)  # the line is broken where one is missing
     found = [rows[beta].difference if beta in rows else nowhere for beta in betas]
@@ -270,10 +275,8 @@ def _draw_reading(
     axes.errorbar(
         [beta + shift for beta in betas], means, margins, marker="o", capsize=3, label=reading
     )
-    if reading != "iterate" or not has_lrs:
-        return
     for beta, value, margin in zip(betas, means, margins, strict=True):
-        if beta in rows and math.isfinite(value):
+        if beta in rows and beta in named and math.isfinite(value):
             axes.annotate(
                 f"η {rows[beta].lr:g}",
                 (beta + shift, value + margin),

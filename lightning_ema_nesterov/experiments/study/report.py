@@ -122,14 +122,12 @@ def _trained(found: Sequence[Standing]) -> list[Standing]:
 
 def _seeds_note(found: Sequence[Standing]) -> list[str]:
     num_seeds = len(found[0].results) if found else 0
-    fewer = [
-        f"{s.method} ({len(s.results)})" for s in _trained(found) if len(s.results) < num_seeds
-    ]
-    if not fewer:
+    others = [f"{s.method} ({len(s.results)})" for s in found if len(s.results) != num_seeds]
+    if not others:
         return []
     return [
-        f"Fewer seeds than the {num_seeds} of the baseline: {', '.join(fewer)}. "
-        "A difference is of the seeds that both have."
+        f"Not as many seeds as the {num_seeds} of the baseline: {', '.join(others)}. "
+        "A difference is of the seeds that both have, and not that of the means."
     ]
 
 

@@ -73,7 +73,8 @@ class Watch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = float(outputs["loss"])  # waits for a GPU: for the optimizer's step too
+        # It waits for a GPU: for the optimizer's step too. A step without a loss was skipped.
+        loss = float(outputs["loss"]) if outputs else 0.0
         self._seconds_of_step += self.clock() - self._started
         if trainer.global_step > self._num_steps or not math.isfinite(loss):
             self.seconds.append(self._seconds_of_step)
