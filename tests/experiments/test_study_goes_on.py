@@ -23,6 +23,7 @@ from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.results import read_lines
 from lightning_ema_nesterov.experiments.study.spec import Run, Study
+from lightning_ema_nesterov.experiments.study.train import train_run
 from lightning_ema_nesterov.experiments.study.watch import StopsAtBatchEnd, Watch
 from tests.experiments.toys import SGD, Data, Model, environment_with_tests, write
 from tests.toys import Batches
@@ -141,18 +142,18 @@ def test_second_process_in_a_folder_is_refused(
     study = load_study(
         write(tmp_path, seeds=[0], methods={"none": None}, base_optimizers={"sgd": SGD})
     )
-    train, refused = compare.train_run, []
+    refused = []
 
     def start_another(study: Study, run: Run, root: Path) -> None:
         with pytest.raises(ValueError, match=r"Another process trains in .*out: wait for it"):
             run_study(study, tmp_path / "out")
         refused.append(run)
-        train(study, run, root)
+        train_run(study, run, root)
 
     monkeypatch.setattr(compare, "train_run", start_another)
     run_study(study, tmp_path / "out")
     assert [result.run for result in read_lines(tmp_path / "out/runs.jsonl")] == refused
-    monkeypatch.setattr(compare, "train_run", train)
+    monkeypatch.undo()
     run_study(study, tmp_path / "out")
 
 

@@ -91,6 +91,13 @@ def test_what_the_folder_holds_is_kept_in_its_order(out: Path, tmp_path: Path) -
     [
         ({"num_steps": 8}, "num_steps"),
         ({"lr_decay": 0.5}, "lr_decay"),
+        ({"lr_warmup": 0.5}, "lr_warmup"),
+        ({"num_validations": 2}, "num_validations"),
+        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
+        ({"precision": "bf16-mixed"}, "precision"),
+        ({"gradient_clip_val": 0.5}, "gradient_clip_val"),
+        ({"average_shares": [0.5]}, "average_shares"),
+        ({"methods": {"ema": {**EMA, "lr_decay": 0.1}}}, "methods.ema"),
         ({"model": {"class_path": "tests.toys.Toy", "init_args": {"make_optimizer": 1}}}, "model"),
         ({"methods": {"ema": {"class_path": "EMANesterov"}}}, "methods.ema"),
         ({"methods": {"ema": {"class_path": "SNOO"}}}, "methods.ema"),

@@ -188,6 +188,9 @@ def test_tokens_are_those_of_the_text(tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == written
     assert torch.equal(data.corpus.train, again.corpus.train)
     assert int(data.corpus.train.numpy().max()) < 300
+    smaller = make(vocab_size=280)
+    smaller.setup("fit")
+    assert int(smaller.corpus.train.numpy().max()) < 280
     assert len(data.corpus.train) < sum(p.stat().st_size for p in text.iterdir()) / 1.2
     batch = next(iter(data.train_dataloader()))
     assert batch.shape == (2, 9)

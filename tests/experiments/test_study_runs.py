@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.results import read_events, read_lines
 from lightning_ema_nesterov.experiments.study.spec import Run, Study
-from tests.experiments.toys import SGD, write
+from tests.experiments.toys import SGD, Model, write
 
 
 def test_every_combination_is_trained_and_the_baseline_at_the_gain_too(study_dir: Path) -> None:
@@ -41,6 +42,40 @@ def test_runs_differ_where_they_should_and_only_there(study_dir: Path) -> None:
     assert run.state_per_parameter == 3.0
     assert results[Run("adamw", "none", 0.01, 0)].state_per_parameter == 2.0
     assert run.step_seconds > 0
+
+
+class RecordsRates(Model):
+    """What each step's learning rate was, by run."""
+
+    runs: ClassVar[list[list[float]]] = []
+
+    def on_train_start(self) -> None:
+        self.runs.append([])
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        [optimizer] = self.trainer.optimizers
+        self.runs[-1].append(optimizer.param_groups[0]["lr"])
+
+
+def test_decay_of_a_method_goes_before_that_of_the_study(tmp_path: Path) -> None:
+    RecordsRates.runs.clear()
+    model = {"class_path": f"{RecordsRates.__module__}.RecordsRates"}
+    ema = {"class_path": "EMANesterov", "init_args": {"ema_decay": 0.9}, "lr_decay": 0.5}
+    path = write(
+        tmp_path,
+        model=model,
+        base_optimizers={"sgd": SGD},
+        methods={"ema": ema},
+        seeds=[0],
+        lr_decay=0.25,
+        has_gained_baseline=False,
+    )
+    run_study(load_study(path), tmp_path / "out")
+    found = {}
+    for run, rates in zip(load_study(path).runs(), RecordsRates.runs, strict=True):
+        assert max(rates) == 0.1
+        found[run.method] = 20 - 1 - max(idx for idx, rate in enumerate(rates) if rate == 0.1)
+    assert found["ema"] == found["none"] + 5
 
 
 def test_diverged_run_is_recorded_and_the_study_goes_on(study_dir: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_ema_nesterov.experiments.event_files import Point
 from lightning_ema_nesterov.experiments.study.load import load_study
-from lightning_ema_nesterov.experiments.study.rounds import confirming_runs
+from lightning_ema_nesterov.experiments.study.rounds import best_lrs, confirming_runs
 from lightning_ema_nesterov.experiments.study.spec import Run
 from lightning_ema_nesterov.experiments.study.tables import (
     mean_curve,
@@ -32,6 +32,17 @@ def test_seeds_that_confirm_choose_no_rate_when_a_study_continues(tmp_path: Path
     finished.append(result("none", 0.2, 1, [0.5]))
     expected = [Run("sgd", "none", 0.1, seed) for seed in (1, 2)]
     assert confirming_runs(load_study(path), finished) == expected
+
+
+def test_rate_is_chosen_by_the_mean_of_those_that_all_seeds_have() -> None:
+    losses = {0.1: [1.0, 5.0], 0.2: [2.0, 2.0], 0.3: [0.5]}
+    found = [
+        result("none", lr, seed, [loss])
+        for lr, of_seeds in losses.items()
+        for seed, loss in enumerate(of_seeds)
+    ]
+    assert best_lrs(found, "sgd") == {"none": [0.2]}
+    assert best_lrs(found, "sgd", margin=1.5) == {"none": [0.2, 0.1]}
 
 
 def test_average_is_confirmed_by_the_run_it_is_read_from(tmp_path: Path) -> None:

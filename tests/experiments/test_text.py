@@ -103,6 +103,10 @@ def test_model_sees_only_the_past() -> None:
     assert not torch.equal(first[0, 40:], second[0, 40:])
 
 
+def test_step_of_windows_has_all_of_their_bytes_as_tokens() -> None:
+    assert TextWindows(window_size=8, batch_size=2).tokens_per_batch == 16
+
+
 def test_one_seed_gives_one_order_and_two_give_two(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(256)) * 20)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_ema_nesterov import EMANesterov, attach_ema_nesterov
 from lightning_ema_nesterov.rules.make import DEFAULTS, Settings
@@ -20,6 +23,34 @@ def test_every_way_has_the_same_arguments_and_defaults(made_by: Callable[..., ob
     parameters = inspect.signature(made_by).parameters
     found = {name: p.default for name, p in parameters.items() if name not in own}
     assert found == {field.name: getattr(DEFAULTS, field.name) for field in fields(Settings)}
+
+
+@pytest.mark.parametrize("module", ["callback", "attach"])
+def test_every_argument_is_passed_on(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own name as its value."""
+    caught: list[dict[str, Any]] = []
+
+    def catch(lookahead_step_size: str, ema_decay: str, **kwargs: str) -> None:
+        caught.append(dict(lookahead_step_size=lookahead_step_size, ema_decay=ema_decay, **kwargs))
+        raise InterruptedError
+
+    imported = importlib.import_module(f"lightning_ema_nesterov.{module}")
+    monkeypatch.setattr(imported, "Settings", catch)
+    layer = torch.nn.Linear(2, 1)
+    ways: dict[str, Callable[..., object]] = {
+        "callback": EMANesterov,
+        "attach": partial(attach_ema_nesterov, torch.optim.SGD(layer.parameters(), 0.1), layer),
+    }
+    names = {field.name: field.name for field in fields(Settings)}
+    with pytest.raises(InterruptedError):
+        ways[module](**names)
+    assert caught == [names]
+
+
+def test_defaults_are_those_of_the_documentation() -> None:
+    assert (DEFAULTS.lookahead_step_size, DEFAULTS.ema_decay) == (0.5, 0.99)
+    assert (DEFAULTS.warmup, DEFAULTS.rest) == (0.3, 0.15)
+    assert (DEFAULTS.evaluate_at, DEFAULTS.scale_with_lr) == ("iterate", True)
 
 
 @pytest.mark.parametrize(
