@@ -158,7 +158,7 @@ class LookaheadCallback(Callback, ABC):
     def _keep_count_on_load(self, trainer: Trainer, lookahead: Lookahead) -> None:
         def keep_count(optimizer: Optimizer) -> None:
             # A callback that returns to earlier weights leaves the Trainer's count as it is.
-            lookahead.progress.step_idx = trainer.global_step // steps_per_global_step(trainer)
+            lookahead.progress.step_idx = trainer.global_step
 
         handle = lookahead.base_optimizer.register_load_state_dict_post_hook(keep_count)
         self._detach.callback(handle.remove)
