@@ -270,7 +270,10 @@ def _run(arguments: list[str]) -> None:
     auto_cli(
         {name: command for name, (command, _) in _COMMANDS.items()},
         # jsonargparse wants a value behind the name of a bool.
-        args=["--quick=true" if word == "--quick" else word for word in arguments],
+        args=[
+            "--quick=true" if word == "--quick" and following not in ("true", "false") else word
+            for word, following in zip(arguments, [*arguments[1:], ""], strict=True)
+        ],
         **options,
     )
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,10 @@ def test_second_process_in_a_folder_is_refused(
     refused = []
 
     def start_another(study: Study, run: Run, root: Path) -> None:
+        before = (tmp_path / "out/study.json").read_text()
         with pytest.raises(ValueError, match=r"Another process trains in .*out: wait for it"):
-            run_study(study, tmp_path / "out")
+            run_study(replace(study, num_steps=40), tmp_path / "out")
+        assert (tmp_path / "out/study.json").read_text() == before
         refused.append(run)
         train_run(study, run, root)
 

@@ -64,6 +64,11 @@ def test_nothing_behind_a_key_is_its_default_or_null(tmp_path: Path) -> None:
     assert load_study(write(tmp_path)).gradient_clip_val == 1.0
 
 
+def test_empty_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"study\.yaml is empty\.$"):
+        load_text("# nothing yet\n", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -160,6 +165,7 @@ def test_wrong_base_optimizers_are_named(base: Any, message: str, tmp_path: Path
         ({"class_path": "GPA", "grid": {"mu_x": 1}}, "methods.x.grid must be lists of values by n"),
         ({"klass": 1}, "methods.x has the unknown key 'klass'; known are class_path, init_args"),
         ({"class_path": "GPA", "grid": {"mu_x": []}}, "methods.x.grid.mu_x must have values"),
+        ({"class_path": "GPA", "grid": {"mu_x": [0.9, 0.5, 0.9]}}, "mu_x must have different valu"),
         (
             {"class_path": "GPA", "grid": {"mu_x": ["a/b"]}},
             r"methods must have names that can be those of folders, got 'x\[mu_x=a/b\]'",
@@ -241,6 +247,15 @@ def test_wrong_classes_are_told_what_is_expected_there(
         load_study(write(tmp_path, **changes))
     assert "\n" not in str(error.value)
     assert METHODS not in str(error.value)  # those are no models
+
+
+def test_module_that_is_not_python_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_written.py").write_text("class Model(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))  # as the command does
+    with pytest.raises(ValueError, match=r"cannot be imported: .*\(half_written\.py, line 1\)"):
+        load_study(write(tmp_path, model={"class_path": "half_written.Model"}))
 
 
 def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:

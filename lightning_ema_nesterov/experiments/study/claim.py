@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lightning_ema_nesterov.experiments.study.spec import Run, Study
 
-__all__ = ["CONFIG", "claim", "deciding", "read_config"]
+__all__ = ["CONFIG", "claim", "deciding", "held", "read_config"]
 
-CONFIG = "study.json"
+CONFIG, LOCK = "study.json", ".lock"
 
 _PARTS = (
     "base_optimizers",
@@ -30,6 +33,29 @@ _BEFORE |= {f.name: f.default_factory() for f in fields(Study) if f.default_fact
 """What a key meant before there was one: folders of former versions lack it."""
 
 
+@contextmanager
+def held(out_dir: Path) -> Iterator[None]:
+    """Keep other processes out of the folder of a study; make it if there is none.
+
+    Args:
+        out_dir: The folder.
+
+    Raises:
+        ValueError: If the folder holds something else, or another process is in it.
+    """
+    is_study = read_config(out_dir) is not None
+    if not is_study and out_dir.exists() and any(path.name != LOCK for path in out_dir.iterdir()):
+        raise ValueError(f"{out_dir} is not empty and holds no study: give another out_dir.")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out_dir / LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"Another process trains in {out_dir}: wait for it, or give another out_dir."
+        ) from None
+
+
 def claim(study: Study, out_dir: Path, finished: Iterable[Run] = ()) -> None:
     """Write what a study trains into its folder, unless runs there are of another study.
 
@@ -42,14 +68,11 @@ def claim(study: Study, out_dir: Path, finished: Iterable[Run] = ()) -> None:
         finished: Runs that are finished there.
 
     Raises:
-        ValueError: If the folder holds something else, or runs of a study with another model,
-            data, steps or schedule, with another definition of the same method or optimizer, or
+        ValueError: If the folder holds runs of a study with another model, data, steps or schedule, with another definition of the same method or optimizer, or
             with seeds that choose in the one and confirm in the other.
     """
     config = json.loads(json.dumps(study.as_dict()))
     known = read_config(out_dir)
-    if known is None and out_dir.exists() and any(out_dir.iterdir()):
-        raise ValueError(f"{out_dir} is not empty and holds no study: give another out_dir.")
     finished = list(finished)
     if known is not None and finished:
         different = list(dict.fromkeys(_differences(known, config, finished)))

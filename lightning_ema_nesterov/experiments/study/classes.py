@@ -48,7 +48,7 @@ def find_class(path: str, key: str) -> Callable[..., Any]:
     module_name, _, name = path.rpartition(".")
     try:
         module = import_module(module_name)
-    except (ImportError, ValueError) as error:
+    except (ImportError, SyntaxError, ValueError) as error:
         reason = str(error) if module_name else "it has no dot"
         raise ValueError(
             f"{key}.class_path must be {expected}, beside the YAML or installed, and {path!r} "

@@ -14,10 +14,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from lightning_ema_nesterov.experiments.study.claim import claim
+from lightning_ema_nesterov.experiments.study.claim import claim, held
 from lightning_ema_nesterov.experiments.study.results import (
     Result,
     read_event_folder,
@@ -31,7 +30,7 @@ from lightning_ema_nesterov.experiments.typed_commands import typed_command
 
 __all__ = ["LINES", "RUNS", "run_study"]
 
-LINES, RUNS, LOCK = "runs.jsonl", "runs", ".lock"
+LINES, RUNS = "runs.jsonl", "runs"
 
 
 def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
@@ -51,20 +50,16 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
         raise ValueError(f"num_workers must be at least 1, got {num_workers}.")
     finished = {result.run for result in read_lines(out_dir / LINES)}
     check_optimizers(study, [run for run in study.runs() if run not in finished])
-    claim(study, out_dir, finished)
-    print(f"Folder: {out_dir}")
-    print(f"Watch: {typed_command('tensorboard', '--logdir', out_dir / RUNS)}")
     try:
-        with FileLock(out_dir / LOCK, timeout=0):
+        with held(out_dir):
+            claim(study, out_dir, finished)
+            print(f"Folder: {out_dir}")
+            print(f"Watch: {typed_command('tensorboard', '--logdir', out_dir / RUNS)}")
             _train_all(study, study.runs(), out_dir, num_workers=num_workers)
             if study.confirming_seeds:
                 second_round = confirming_runs(study, read_lines(out_dir / LINES))
                 print("The runs that confirm:")
                 _train_all(study, second_round, out_dir, num_workers=num_workers)
-    except Timeout:
-        raise ValueError(
-            f"Another process trains in {out_dir}: wait for it, or give another out_dir."
-        ) from None
     except (KeyboardInterrupt, SystemExit):  # the latter is the Trainer's answer to Ctrl-C
         sys.exit("Stopped. The same command goes on from here.")
     print(f"Report: {typed_command('ema-nesterov', 'report', out_dir)}")

@@ -43,7 +43,10 @@ def load_study(path: Path, *, is_quick: bool = False) -> Study:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"study must be a YAML file, and {path} {what}.")
-    raw = _mapping(_read_yaml(path), "study")
+    content = _read_yaml(path)
+    if content is None:
+        raise ValueError(f"{path} is empty.")
+    raw = _mapping(content, "study")
     if is_quick:
         if not raw.get("quick"):
             raise ValueError(f"{path} has no quick form: it lacks the key quick.")
@@ -186,6 +189,8 @@ def _expand_methods(raw: Mapping[str, Any]) -> Iterator[tuple[str, MethodSpec]]:
         for key, choices in method.grid.items():
             if not choices:
                 raise ValueError(f"methods.{name}.grid.{key} must have values, and has none.")
+            if any(choice in choices[:idx] for idx, choice in enumerate(choices)):
+                raise ValueError(f"methods.{name}.grid.{key} must have different values, got {choices}.")
         for values in itertools.product(*method.grid.values()):
             chosen = dict(zip(method.grid, values, strict=True))
             suffix = ",".join(f"{key}={value}" for key, value in chosen.items())

@@ -153,7 +153,7 @@ def _introduction(name: str, study: Mapping[str, Any], results: Sequence[Result]
         gained = ", so the baseline is shown at that learning rate too"
     return (
         f"# {name}\n\n{settings}{len(results)} finished runs, seeds "
-        f"{', '.join(map(str, seeds))}, {num_diverged} diverged.\n\n"
+        f"{', '.join(map(str, seeds))}; {num_diverged or 'none'} diverged.\n\n"
         "Each method stands at the learning rate of its smallest mean final loss, also the "
         f"baseline `none`; {chosen}. (smallest) and (largest) mark "
         "one at the edge of those tried: a better one may lie beyond. Losses are mean ± standard "

@@ -160,7 +160,8 @@ class Study:
         accumulate_grad_batches: Batches of each optimizer step, at least 1.
         precision: As the Trainer names it: ``32-true``, ``bf16-mixed`` and others.
         has_checkpoints: Whether each run keeps a checkpoint at its last validation, from which the
-            same command goes on in the middle of the run. The data must say where they are.
+            same command goes on in the middle of the run. The data must say where they are, by
+            ``state_dict`` and ``load_state_dict`` of the LightningDataModule.
         gradient_clip_val: Norm to which gradients are clipped, above 0; ``None``: not at all.
         accelerator: As the Trainer names it.
         num_threads: Threads of torch in each run on a CPU, at least 1: results depend on it.
