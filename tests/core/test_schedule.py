@@ -183,6 +183,20 @@ def test_progress_is_saved_with_the_optimizer_and_not_in_its_groups() -> None:
     assert again.lr_ratio(0) == pytest.approx(0.25)
 
 
+def test_largest_learning_rate_stays_the_one_that_was_seen() -> None:
+    """Above ``max_lr`` of the group, and above what a scheduler tells after a checkpoint."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    [group] = optimizer.param_groups
+    group["max_lr"] = 0.2
+    progress = Progress(optimizer)
+    assert progress.lr_ratio(0) == 1.0
+    progress.step_idx = 1
+    group["lr"] = 0.1
+    assert progress.lr_ratio(0) == pytest.approx(0.25)
+    progress.set_max_lr(0, 1.0)
+    assert progress.lr_ratio(0) == pytest.approx(0.25)
+
+
 def test_zero_or_missing_learning_rate() -> None:
     p = torch.nn.Parameter(torch.zeros(1))
     assert Progress(torch.optim.SGD([p], lr=0.0)).lr_ratio(0) == 0.0

@@ -73,6 +73,11 @@ def test_command_measures_what_is_stored(tmp_path: Path, monkeypatch: pytest.Mon
     steps = {(r["method"], r["time_scale"]): r["settling_steps"] for r in stored()}
     assert len(found) == 8
     assert all(r.settling_steps == steps[r.method, r.time_scale] for r in found)
+    by_key = {(r["method"], r["time_scale"]): r for r in stored()}
+    for result in found:
+        kept = by_key[result.method, result.time_scale]
+        assert result.speed_up == kept["speed_up"]
+        assert result.noise == pytest.approx(kept["noise"], rel=0.5)  # of a tenth of the runs
 
 
 def test_page_says_what_is_stored() -> None:

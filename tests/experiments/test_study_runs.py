@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
 
+from lightning_ema_nesterov.experiments.advice import without_advice
 from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.load import load_study
 from lightning_ema_nesterov.experiments.study.results import read_events, read_lines
@@ -76,6 +83,67 @@ def test_decay_of_a_method_goes_before_that_of_the_study(tmp_path: Path) -> None
         assert max(rates) == 0.1
         found[run.method] = 20 - 1 - max(idx for idx, rate in enumerate(rates) if rate == 0.1)
     assert found["ema"] == found["none"] + 5
+
+
+def two_rates(params: Iterable[Tensor], lr: float) -> Optimizer:
+    first, *others = params
+    return torch.optim.SGD([{"params": [first]}, {"params": others, "lr": 3 * lr}], lr=lr)
+
+
+class Notes(Callback):
+    """What a run was given, by run."""
+
+    runs: ClassVar[list[tuple[list[float], int]]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        [optimizer] = trainer.optimizers
+        rates = [group["initial_lr"] for group in optimizer.param_groups]
+        self.runs.append((rates, torch.get_num_threads()))
+
+
+def test_run_has_the_callbacks_the_threads_and_the_ratio_of_rates_of_the_study(
+    tmp_path: Path,
+) -> None:
+    Notes.runs.clear()
+    num_threads = torch.get_num_threads()
+    base = {"class_path": f"{__name__}.two_rates", "init_args": {"lr": 0.01}, "lrs": [0.1, 0.2]}
+    path = write(
+        tmp_path,
+        base_optimizers={"two": base},
+        methods={"none": None},
+        seeds=[0],
+        callbacks=[{"class_path": f"{__name__}.Notes"}],
+        num_threads=num_threads + 1,
+    )
+    try:
+        run_study(load_study(path), tmp_path / "out")
+    finally:
+        torch.set_num_threads(num_threads)
+    expected = [([lr, 3 * lr], num_threads + 1) for lr in (0.1, 0.2)]
+    assert [(pytest.approx(rates), threads) for rates, threads in expected] == Notes.runs
+
+
+def test_advice_of_the_trainer_is_silenced_inside_the_block_only() -> None:
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with without_advice():
+            assert logger.level == logging.WARNING
+        assert logger.level == logging.INFO
+    finally:
+        logger.setLevel(before)
+
+
+def test_steps_that_looked_ahead_and_how_far_are_kept_also_backwards(tmp_path: Path) -> None:
+    init_args = {"lookahead_step_size": -0.3, "warmup": 6, "rest": 3}
+    method = {"class_path": "EMANesterov", "init_args": init_args, "bases": ["sgd"]}
+    path = write(tmp_path, methods={"ema": method}, base_optimizers={"sgd": SGD}, seeds=[0])
+    run_study(load_study(path), tmp_path / "out")
+    found = {r.run.method: r for r in read_lines(tmp_path / "out/runs.jsonl")}
+    assert found["ema"].step_size == pytest.approx(-0.3)
+    assert found["none"].lookahead_steps is None
+    assert found["ema"].lookahead_steps == (7, 17)  # of 1 to 20
 
 
 def test_diverged_run_is_recorded_and_the_study_goes_on(study_dir: Path) -> None:

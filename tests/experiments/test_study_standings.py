@@ -9,7 +9,7 @@ import pytest
 
 from lightning_ema_nesterov.experiments.event_files import Point
 from lightning_ema_nesterov.experiments.study.load import load_study
-from lightning_ema_nesterov.experiments.study.rounds import best_lrs, confirming_runs
+from lightning_ema_nesterov.experiments.study.rounds import best_lrs, confirming_runs, judged
 from lightning_ema_nesterov.experiments.study.spec import Run
 from lightning_ema_nesterov.experiments.study.tables import (
     mean_curve,
@@ -50,6 +50,13 @@ def test_average_is_confirmed_by_the_run_it_is_read_from(tmp_path: Path) -> None
     at_average = {1.0: [Point(10, 0.0, 1.0)]}
     finished = [result("ema", 0.05, 0, [2.0], at_average=at_average)]
     assert confirming_runs(study, finished) == [Run("sgd", "ema", 0.05, 1)]
+
+
+def test_base_is_confirmed_where_its_baseline_is() -> None:
+    found = [result(method, 0.1, 0, [1.0]) for method in ("none", "ema")]
+    confirming = [result(method, 0.1, 1, [1.0]) for method in ("ema", "none")]
+    assert judged([*found, confirming[0]], [1]) == found
+    assert judged([*found, *confirming], [1]) == confirming
 
 
 def test_one_diverged_seed_leaves_no_interval_and_is_not_in_the_curve() -> None:

@@ -68,8 +68,9 @@ def claim(study: Study, out_dir: Path, finished: Iterable[Run] = ()) -> None:
         finished: Runs that are finished there.
 
     Raises:
-        ValueError: If the folder holds runs of a study with another model, data, steps or schedule, with another definition of the same method or optimizer, or
-            with seeds that choose in the one and confirm in the other.
+        ValueError: If the folder holds runs of a study with another model, data, steps or schedule,
+            with another definition of the same method or optimizer, or with seeds that choose in
+            the one and confirm in the other.
     """
     config = json.loads(json.dumps(study.as_dict()))
     known = read_config(out_dir)

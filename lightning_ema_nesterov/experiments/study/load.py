@@ -190,7 +190,9 @@ def _expand_methods(raw: Mapping[str, Any]) -> Iterator[tuple[str, MethodSpec]]:
             if not choices:
                 raise ValueError(f"methods.{name}.grid.{key} must have values, and has none.")
             if any(choice in choices[:idx] for idx, choice in enumerate(choices)):
-                raise ValueError(f"methods.{name}.grid.{key} must have different values, got {choices}.")
+                raise ValueError(
+                    f"methods.{name}.grid.{key} must have different values, got {choices}."
+                )
         for values in itertools.product(*method.grid.values()):
             chosen = dict(zip(method.grid, values, strict=True))
             suffix = ",".join(f"{key}={value}" for key, value in chosen.items())
