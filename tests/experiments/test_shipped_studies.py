@@ -218,11 +218,13 @@ def test_how_often_muon_is_behind_with_small_batches_is_said() -> None:
     behind = [name for name, gap in gaps.items() if gap.mean > 0]
     assert (len(behind), len(gaps)) == (6, 8)
     assert "ended higher in six of eight studies and lower in two" in _text("docs/tuning.md")
-    for name, method, lr in (("scope", "all", 0.01), ("noisy", "ema_nesterov", 0.02)):
+    behind_at = {"scope": ("all", 0.01), "noisy": ("ema_nesterov", 0.02)}
+    for name, (method, lr) in behind_at.items():
         lines = read_lines(STUDIES / f"results/{name}/runs.jsonl")
         rows = {m: by_lr(lines, "muon", m)[lr] for m in ("none", method)}
         assert paired_difference(rows[method], rows["none"]).low > 0
-    assert "at two of the rates beyond noise" in _text("docs/tuning.md")
+    places = " and ".join(f"at {lr} in `{name}`" for name, (_, lr) in behind_at.items())
+    assert f"behind beyond noise twice: {places}." in _text("docs/tuning.md")
 
 
 def test_only_a_start_at_once_is_behind_the_default_beyond_noise() -> None:
