@@ -19,7 +19,7 @@ from lightning_ema_nesterov.experiments.study.results import (
     read_lines,
     with_averages,
 )
-from lightning_ema_nesterov.experiments.study.rounds import by_lr, judged
+from lightning_ema_nesterov.experiments.study.rounds import by_lr, confirming_runs, judged
 from lightning_ema_nesterov.experiments.study.spec import ClassSpec
 from lightning_ema_nesterov.experiments.study.tables import (
     Interval,
@@ -86,10 +86,14 @@ def test_example_in_the_readme_of_the_studies_is_a_study(tmp_path: Path) -> None
 def test_reports_of_the_studies_are_those_of_their_lines(folder: Path) -> None:
     """And the lines are those of the YAML, as one would get it by the command."""
     lines, study = read_lines(folder / "runs.jsonl"), load_study(STUDIES / f"{folder.name}.yaml")
-    choosing = [r for r in lines if r.run.seed not in study.confirming_seeds]
+    kept, written = read_config(folder), json.loads(json.dumps(study.as_dict()))
+    assert kept is not None
+    confirming = kept["confirming_seeds"]
+    choosing = [r for r in lines if r.run.seed not in confirming]
     assert {result.run for result in choosing} <= set(study.runs())
-    assert read_config(folder) == json.loads(json.dumps(study.as_dict()))
-    results = judged(lines, study.confirming_seeds)
+    assert set(study.confirming_seeds) <= set(confirming)  # a study can grow by seeds
+    assert {**kept, "confirming_seeds": study.confirming_seeds} == written
+    results = judged(lines, confirming)
     text = (folder / "report/report.md").read_text()
     methods = list(dict.fromkeys([*study.methods, *(r.run.method for r in results)]))
     for base in dict.fromkeys(result.run.base for result in results):
@@ -251,13 +255,13 @@ def test_that_one_seed_chose_a_poor_rate_is_said() -> None:
     lost = paired_difference(rows[poor], rows[better])
     assert lost.low > 0
     said = f"ends {by:.3f} lower at 0.002 than at 0.008"
-    assert f"{said} on AdamW; three other seeds end {lost.mean:.3f} higher" in _text("docs/gain.md")
+    assert f"{said} on AdamW; four other seeds end {lost.mean:.3f} higher" in _text("docs/gain.md")
     section = _joint_section()
-    assert "On seed 0 AdamW " + said + f", on seeds 1 to 3 {lost.mean:.3f} higher" in section
+    assert "On seed 0 AdamW " + said + f", on seeds 1 to 4 {lost.mean:.3f} higher" in section
     ahead = _confirmed_of_the_joint_study("adamw", poor, "ema[lookahead_step_size=0.5]")
     assert 2.5 < -lost.mean / paired_difference(ahead, rows[poor]).mean < 3.5
     assert "raising the rate gives three times as much" in _text("docs/tuning.md")
-    assert f"a rate that ends {lost.mean:.3f} higher on three others" in _text("docs/tuning.md")
+    assert f"a rate that ends {lost.mean:.3f} higher on four others" in _text("docs/tuning.md")
 
 
 def test_that_scale_gains_at_two_rates_is_said() -> None:
@@ -275,21 +279,48 @@ def test_that_scale_gains_at_two_rates_is_said() -> None:
             assert found in _text(name), name
 
 
+def test_that_soap_gains_little_at_a_rate_that_is_level_is_said() -> None:
+    chosen, other = (_confirmed_of_the_joint_study("soap", lr, "none") for lr in (0.016, 0.004))
+    results = read_lines(STUDIES / "results/joint/runs.jsonl")
+    on_seed_0 = [by_lr(results, "soap", "none")[lr][0].final for lr in (0.016, 0.004)]
+    gap = paired_difference(other, chosen)
+    assert gap.low < 0 < gap.high
+    said = f"There 0.004 ends {on_seed_0[1] - on_seed_0[0]:.3f} higher, on seeds 1 to 4"
+    assert f"{said} {-gap.mean:.3f} lower, within noise" in _joint_section()
+    ahead = _confirmed_of_the_joint_study("soap", 0.004, "ema[lookahead_step_size=0.5]")
+    gain = paired_difference(ahead, other)
+    assert gain.high < 0
+    found = f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+    for name in ("docs/gain.md", "docs/tuning.md", "recipes/studies/README.md"):
+        assert found in _text(name), name
+
+
+def test_what_the_average_gives_alone_is_said() -> None:
+    section = _joint_section()
+    for base, lr, step_size in (("adamw", 0.008, 0.5), ("soap", 0.016, 0.7), ("scale", 0.002, 0.3)):
+        ahead, alone = (f"ema[lookahead_step_size={b}] @ 1" for b in (step_size, 0))
+        gaps = _gaps_of_the_joint_study(base, lr, ahead, alone)
+        rows = [_confirmed_of_the_joint_study(base, lr, method) for method in (ahead, alone)]
+        found = paired_difference(*rows)
+        assert found.low < 0 < found.high
+        assert re.search(rf"adds {mean(gaps):.4f}( there| to that)?, within noise", section), base
+
+
 def test_what_is_finished_of_the_joint_study_is_said() -> None:
     study = load_study(STUDIES / "joint.yaml")
     results = read_lines(STUDIES / "results/joint/runs.jsonl")
     section = _joint_section()
-    num_choosing = sum(result.run.seed in study.seeds for result in results)
-    finished = f"{num_choosing} of {len(study.runs())} runs of seed 0"
-    assert f"{finished} and {len(results) - num_choosing} of those that confirm" in section
+    finished, confirming = {r.run for r in results}, confirming_runs(study, results)
+    assert finished >= {*study.runs(), *confirming}
+    more = [run for run in finished if run.seed not in (*study.seeds, *study.confirming_seeds)]
+    other = len(finished) - len(study.runs()) - len(confirming) - len(more)
+    assert f"all {len(study.runs())} runs of seed 0 and the {len(confirming)} that" in section
+    assert f"There are {other} more of seeds 1 to 4 and {len(more)} of seeds 5 to 8" in section
     for base, lr, step_size in (("muon", 0.02, 0.5), ("scale", 0.002, 0.7), ("scale", 0.004, 0.5)):
         gaps = _gaps_of_the_joint_study(base, lr, f"ema[lookahead_step_size={step_size}]", "none")
         halves = [_in_words(mean(half)) for half in (gaps[:4], gaps[4:])]
         assert f"first four seeds had {step_size} at {halves[0]} and the next four, " in section
         assert f"which were added for that, at {halves[1]}" in section
-    ahead, alone = (f"ema[lookahead_step_size={b}] @ 1" for b in (0.5, 0))
-    gaps = _gaps_of_the_joint_study("adamw", 0.008, ahead, alone)
-    assert f"lookahead itself adds {mean(gaps):.4f} there" in section
 
 
 _CELLS = {"adamw": (0.008, 0.5), "muon": (0.02, 0.5), "soap": (0.016, 0.3), "scale": (0.002, 0.7)}
@@ -336,9 +367,9 @@ def _joint_section() -> str:
 
 
 def _confirmed_of_the_joint_study(base: str, lr: float, method: str) -> dict[int, Result]:
-    seeds = load_study(STUDIES / "joint.yaml").confirming_seeds
+    chose = load_study(STUDIES / "joint.yaml").seeds
     lines = with_averages(read_lines(STUDIES / "results/joint/runs.jsonl"))
-    return by_lr([r for r in lines if r.run.seed in seeds], base, method)[lr]
+    return by_lr([r for r in lines if r.run.seed not in chose], base, method)[lr]
 
 
 def _gaps_of_the_joint_study(base: str, lr: float, method: str, other: str) -> list[float]:

@@ -87,7 +87,8 @@ def test_decay_of_a_method_goes_before_that_of_the_study(tmp_path: Path) -> None
 
 def two_rates(params: Iterable[Tensor], lr: float) -> Optimizer:
     first, *others = params
-    return torch.optim.SGD([{"params": [first]}, {"params": others, "lr": 3 * lr}], lr=lr)
+    groups: list[dict[str, Any]] = [{"params": [first]}, {"params": others, "lr": 3 * lr}]
+    return torch.optim.SGD(groups, lr=lr)
 
 
 class Notes(Callback):
@@ -119,8 +120,9 @@ def test_run_has_the_callbacks_the_threads_and_the_ratio_of_rates_of_the_study(
         run_study(load_study(path), tmp_path / "out")
     finally:
         torch.set_num_threads(num_threads)
-    expected = [([lr, 3 * lr], num_threads + 1) for lr in (0.1, 0.2)]
-    assert [(pytest.approx(rates), threads) for rates, threads in expected] == Notes.runs
+    for (rates, threads), lr in zip(Notes.runs, (0.1, 0.2), strict=True):
+        assert rates == pytest.approx([lr, 3 * lr])
+        assert threads == num_threads + 1
 
 
 def test_advice_of_the_trainer_is_silenced_inside_the_block_only() -> None:

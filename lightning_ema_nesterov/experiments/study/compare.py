@@ -55,6 +55,8 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
             claim(study, out_dir, finished)
             print(f"Folder: {out_dir}")
             print(f"Watch: {typed_command('tensorboard', '--logdir', out_dir / RUNS)}")
+            if study.confirming_seeds:
+                print("The runs that choose learning rates; those that confirm them follow:")
             _train_all(study, study.runs(), out_dir, num_workers=num_workers)
             if study.confirming_seeds:
                 second_round = confirming_runs(study, read_lines(out_dir / LINES))
