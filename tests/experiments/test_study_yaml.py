@@ -165,7 +165,7 @@ def test_wrong_base_optimizers_are_named(base: Any, message: str, tmp_path: Path
         ({"class_path": "GPA", "grid": {"mu_x": 1}}, "methods.x.grid must be lists of values by n"),
         ({"klass": 1}, "methods.x has the unknown key 'klass'; known are class_path, init_args"),
         ({"class_path": "GPA", "grid": {"mu_x": []}}, "methods.x.grid.mu_x must have values"),
-        ({"class_path": "GPA", "grid": {"mu_x": [0.9, 0.5, 0.9]}}, "mu_x must have different valu"),
+        ({"class_path": "GPA", "grid": {"mu_x": [0.9, 0.5, 0.9]}}, "mu_x must have different v"),
         (
             {"class_path": "GPA", "grid": {"mu_x": ["a/b"]}},
             r"methods must have names that can be those of folders, got 'x\[mu_x=a/b\]'",
