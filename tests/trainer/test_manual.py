@@ -252,43 +252,12 @@ def test_a_look_in_the_window_of_optimizers_that_share_parameters_changes_nothin
     assert not equal(recorder.params[-1], watched.points[-1])
 
 
-def test_an_optimizer_that_has_not_stepped_yet_resumes_at_its_first_step(tmp_path: Path) -> None:
-    """The second one steps from batch 6 on, behind the checkpoint."""
-    if is_older_lightning():
-        pytest.skip("this Lightning trains the last batch before a checkpoint again")
+class StepsSecond(Manual):
+    """The first optimizer steps in every batch, the second where it is asked to."""
 
-    class Late(Manual):
-        def training_step(self, batch: Tensor, batch_idx: int) -> None:
-            first, second = cast("list[Any]", self.optimizers())
-            loss = self.forward(torch.ones_like(batch))  # a loader begins anew where a run resumes
-            self.zero_grad()
-            self.manual_backward(loss)
-            first.step()
-            if batch_idx >= 6:
-                second.step()
-
-    class Saves(Callback):
-        def on_train_batch_end(
-            self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
-        ) -> None:
-            if batch_idx == 3:
-                trainer.save_checkpoint(tmp_path / "early.ckpt")
-
-    def callback() -> EMANesterov:
-        return EMANesterov(0.5, 0.9, warmup=3, rest=0, total_steps=12)
-
-    whole, resumed = Late(), Late()
-    trainer = make_trainer([callback(), Saves()], max_epochs=1)
-    trainer.fit(whole, loader(12))
-    again = make_trainer(callback(), max_epochs=1)
-    again.fit(resumed, loader(12), ckpt_path=tmp_path / "early.ckpt")
-    for one in (trainer, again):
-        assert [o.param_groups[0][STEP_KEY] for o in one.optimizers] == [12, 6]
-    assert equal(snapshot(whole), snapshot(resumed))
-
-
-class Rare(Manual):
-    """The second optimizer steps in every third batch."""
+    def __init__(self, is_asked: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.is_asked = is_asked
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         first, second = cast("list[Any]", self.optimizers())
@@ -296,8 +265,39 @@ class Rare(Manual):
         self.zero_grad()
         self.manual_backward(loss)
         first.step()
-        if batch_idx % 3 == 0:
+        if self.is_asked(batch_idx):
             second.step()
+
+
+class SavesAfter(Callback):
+    def __init__(self, batch_idx: int, path: Path) -> None:
+        self.batch_idx = batch_idx
+        self.path = path
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == self.batch_idx:
+            trainer.save_checkpoint(self.path)
+
+
+def test_an_optimizer_that_has_not_stepped_yet_resumes_at_its_first_step(tmp_path: Path) -> None:
+    """The second one steps from batch 6 on, behind the checkpoint."""
+    if is_older_lightning():
+        pytest.skip("this Lightning trains the last batch before a checkpoint again")
+
+    def callback() -> EMANesterov:
+        return EMANesterov(0.5, 0.9, warmup=3, rest=0, total_steps=12)
+
+    whole, resumed = (StepsSecond(lambda batch_idx: batch_idx >= 6) for _ in range(2))
+    saves = SavesAfter(3, tmp_path / "early.ckpt")
+    trainer = make_trainer([callback(), saves], max_epochs=1)
+    trainer.fit(whole, loader(12))
+    again = make_trainer(callback(), max_epochs=1)
+    again.fit(resumed, loader(12), ckpt_path=tmp_path / "early.ckpt")
+    for one in (trainer, again):
+        assert [o.param_groups[0][STEP_KEY] for o in one.optimizers] == [12, 6]
+    assert equal(snapshot(whole), snapshot(resumed))
 
 
 class LoadsWhatItHas(Callback):
@@ -311,18 +311,14 @@ def test_each_optimizer_counts_its_own_steps_also_where_it_resumes(tmp_path: Pat
     if is_older_lightning():
         pytest.skip("this Lightning trains the last batch before a checkpoint again")
 
-    class Saves(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-            if args[-1] == 7:  # after 8 and 3 steps, which the Trainer counts as 11
-                trainer.save_checkpoint(tmp_path / "early.ckpt")
-
     def callback() -> EMANesterov:
         return EMANesterov(0.5, 0.9, warmup=1, rest=0, total_steps=12)
 
-    whole, resumed, loads = Rare(), Rare(), Rare()
+    whole, resumed, loads = (StepsSecond(lambda batch_idx: batch_idx % 3 == 0) for _ in range(3))
+    saves = SavesAfter(7, tmp_path / "early.ckpt")  # 8 and 3 steps, which the Trainer counts as 11
     trainers = [
         make_trainer(callbacks, max_epochs=1)
-        for callbacks in ([callback(), Saves()], [callback()], [callback(), LoadsWhatItHas()])
+        for callbacks in ([callback(), saves], [callback()], [callback(), LoadsWhatItHas()])
     ]
     trainers[0].fit(whole, loader(12))
     trainers[1].fit(resumed, loader(12), ckpt_path=tmp_path / "early.ckpt")

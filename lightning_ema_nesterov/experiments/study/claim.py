@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from lightning_ema_nesterov.experiments.study.spec import Run, Study
 
-__all__ = ["CONFIG", "claim", "deciding", "held", "read_config"]
+__all__ = ["CONFIG", "claim", "deciding", "read_config"]
 
-CONFIG, LOCK = "study.json", ".lock"
+CONFIG = "study.json"
 
 _PARTS = (
     "base_optimizers",
@@ -31,29 +28,6 @@ _PARTS = (
 _BEFORE = {f.name: f.default for f in fields(Study) if f.default is not MISSING}
 _BEFORE |= {f.name: f.default_factory() for f in fields(Study) if f.default_factory is not MISSING}
 """What a key meant before there was one: folders of former versions lack it."""
-
-
-@contextmanager
-def held(out_dir: Path) -> Iterator[None]:
-    """Keep other processes out of the folder of a study; make it if there is none.
-
-    Args:
-        out_dir: The folder.
-
-    Raises:
-        ValueError: If the folder holds something else, or another process is in it.
-    """
-    is_study = read_config(out_dir) is not None
-    if not is_study and out_dir.exists() and any(path.name != LOCK for path in out_dir.iterdir()):
-        raise ValueError(f"{out_dir} is not empty and holds no study: give another out_dir.")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out_dir / LOCK, timeout=0):
-            yield
-    except Timeout:
-        raise ValueError(
-            f"Another process trains in {out_dir}: wait for it, or give another out_dir."
-        ) from None
 
 
 def claim(study: Study, out_dir: Path, finished: Iterable[Run] = ()) -> None:

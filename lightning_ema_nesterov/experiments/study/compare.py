@@ -14,9 +14,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from lightning_ema_nesterov.experiments.study.claim import claim, held
+from lightning_ema_nesterov.experiments.study.claim import claim, read_config
 from lightning_ema_nesterov.experiments.study.results import (
     Result,
     read_event_folder,
@@ -30,7 +31,7 @@ from lightning_ema_nesterov.experiments.typed_commands import typed_command
 
 __all__ = ["LINES", "RUNS", "run_study"]
 
-LINES, RUNS = "runs.jsonl", "runs"
+LINES, RUNS, LOCK = "runs.jsonl", "runs", ".lock"
 
 
 def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
@@ -51,7 +52,7 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
     finished = {result.run for result in read_lines(out_dir / LINES)}
     check_optimizers(study, [run for run in study.runs() if run not in finished])
     try:
-        with held(out_dir):
+        with _held(out_dir):
             claim(study, out_dir, finished)
             print(f"Folder: {out_dir}")
             print(f"Watch: {typed_command('tensorboard', '--logdir', out_dir / RUNS)}")
@@ -65,6 +66,29 @@ def run_study(study: Study, out_dir: Path, *, num_workers: int = 1) -> None:
     except (KeyboardInterrupt, SystemExit):  # the latter is the Trainer's answer to Ctrl-C
         sys.exit("Stopped. The same command goes on from here.")
     print(f"Report: {typed_command('ema-nesterov', 'report', out_dir)}")
+
+
+@contextmanager
+def _held(out_dir: Path) -> Iterator[None]:
+    """Keep other processes out of the folder of a study; make it if there is none.
+
+    Args:
+        out_dir: The folder.
+
+    Raises:
+        ValueError: If the folder holds something else, or another process is in it.
+    """
+    is_study = read_config(out_dir) is not None
+    if not is_study and out_dir.exists() and any(path.name != LOCK for path in out_dir.iterdir()):
+        raise ValueError(f"{out_dir} is not empty and holds no study: give another out_dir.")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out_dir / LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"Another process trains in {out_dir}: wait for it, or give another out_dir."
+        ) from None
 
 
 def _train_all(study: Study, runs: Sequence[Run], out_dir: Path, *, num_workers: int) -> None:
