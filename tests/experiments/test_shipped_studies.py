@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from statistics import mean, stdev
@@ -104,8 +105,26 @@ def test_reports_of_the_studies_are_those_of_their_lines(folder: Path) -> None:
         if re.search(rf"\]\({re.escape(base)}_[^)]*_(grid|map)\.png\)", text):
             others.sort(key=lambda standing: standing.difference.mean)
         assert markdown_table([none, *others]) in text, base
+        for row in _rows_at_each_rate_with_several_seeds(lines, confirming, base):
+            assert row in text
     for picture in re.findall(r"\]\((\S+\.png)\)", text):
         assert (folder / "report" / picture).is_file()
+
+
+def _rows_at_each_rate_with_several_seeds(
+    lines: list[Result], confirming: list[int], base: str
+) -> list[str]:
+    """Rows of a report, up to the difference to the baseline at the same rate."""
+    choosing, others = (
+        [r for r in with_averages(lines) if (r.run.seed in confirming) is is_confirming]
+        for is_confirming in (False, True)
+    )
+    found = []
+    for lr, seeds in by_lr(others, base, "none").items():
+        at_lr = [r for r in others if r.run.lr == lr]
+        if len(seeds) >= 2:
+            found += markdown_table(standings(at_lr, base, choosing=choosing)).splitlines()[3:]
+    return [row[: row.index("]") + 1] for row in found]
 
 
 def test_table_of_convex_problems_is_that_of_the_lines() -> None:
@@ -247,6 +266,29 @@ def test_only_a_start_at_once_is_behind_the_default_beyond_noise() -> None:
             assert paired_difference(late.results, at_once.results).high < 0
     for name in ("docs/results.md", "docs/tuning.md", "recipes/studies/README.md"):
         assert "10 % lies between, within noise" in _text(name), name
+
+
+def test_tables_of_the_joint_study_have_each_cell_that_was_trained() -> None:
+    chose = load_study(STUDIES / "joint.yaml").seeds
+    lines = with_averages(read_lines(STUDIES / "results/joint/runs.jsonl"))
+    confirming = [r for r in lines if r.run.seed not in chose]
+    table = re.compile(r"^\| (\w+) at (\S+) \|(.*)\|$", re.MULTILINE)
+    text = (STUDIES / "README.md").read_text().split("\n## joint\n")[1].split("\n## ")[0]
+    tables = text.split("The same runs at the average")
+    step_sizes = ("-0.3", "0", "0.15", "0.3", "0.5", "0.7")
+    for part, share in zip(tables, ("", " @ 1"), strict=True):
+        rows = table.findall(part)
+        assert len(rows) == 7
+        for base, lr, cells in rows:
+            for step_size, cell in zip(step_sizes, cells.split("|"), strict=True):
+                method = f"ema[lookahead_step_size={step_size}]{share}"
+                alone, ahead = (
+                    by_lr(confirming, base.lower(), one).get(float(lr), {})
+                    for one in ("none", method)
+                )
+                gap = paired_difference(ahead, alone)
+                expected = _as_text(gap) if math.isfinite(gap.low) else ""
+                assert cell.strip() == ("0" if method.endswith("=0]") else expected)
 
 
 def test_that_one_seed_chose_a_poor_rate_is_said() -> None:

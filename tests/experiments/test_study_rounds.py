@@ -220,6 +220,8 @@ def test_another_rate_that_was_confirmed_is_reported(
         ("ema", 0.1): (0.9, 2.5, 2.6),
         ("none", 0.2): (1.1, 2.0, 2.4),
         ("ema", 0.2): (1.1, 2.1, 2.3),
+        ("late", 0.1): (1.2, 2.9, 3.4),
+        ("late", 0.2): (1.1, 2.2, 2.4),
     }
     every = [
         result(method, lr, seed, [loss])
@@ -228,9 +230,13 @@ def test_another_rate_that_was_confirmed_is_reported(
     ]
     every.append(result("none", 0.4, 1, [1.0]))  # one seed has no interval
     text = report_of(every, tmp_path, monkeypatch, confirming_seeds=[1, 2])
-    chosen, other = text.split("### sgd at ")
+    chosen, left, other = text.split("### sgd at ")
     assert "| none | 0.1 (smallest) | 3.1000 ± 0.1414 |" in chosen
     assert "| ema | 0.1 (smallest) | 2.5500 ± 0.0707 | -0.5500 [-1.1853, +0.0853] |" in chosen
     assert other.startswith("0.2, which was not chosen")
     assert "which ends 0.9000 lower than at 0.1." in other
     assert "| ema | 0.2 (largest) | 2.2000 ± 0.1414 | +0.0000 [-1.2706, +1.2706] |" in other
+    assert "| late | 0.2 (largest) | 2.3000 ± 0.1414 | -0.8000 [-0.8000, -0.8000] |" in chosen
+    assert left.startswith("0.1, for methods that chose another rate")
+    assert "| late | 0.1 (smallest) | 3.1500 ± 0.3536 | +0.0500 [-1.8559, +1.9559] |" in left
+    assert "| ema |" not in left

@@ -102,7 +102,7 @@ def write_report(study_dir: Path) -> Path:
         sections.append(_section(folder, base, rows, methods, choosing, said))
         own = [r for r in confirming_runs if r.run.base == base]
         if rows and own:
-            sections += _other_rates(own, rows[0], choosing)
+            sections += _rate_by_rate(own, rows, choosing)
     if any("_map.png)" in section for section in sections):
         sections.insert(1, _HOW_TO_READ_MAPS)
     found = {base: _trained(rows) for base, rows in found.items()}
@@ -195,25 +195,35 @@ def _section(
     return "\n\n".join(filter(None, [f"## {base}", markdown_table(found), said, *pictures]))
 
 
-def _other_rates(own: Sequence[Result], chosen: Standing, choosing: Sequence[Result]) -> list[str]:
-    """Compare at the other learning rates at which several seeds confirm the baseline.
+def _rate_by_rate(
+    own: Sequence[Result], found: Sequence[Standing], choosing: Sequence[Result]
+) -> list[str]:
+    """Compare at each learning rate at which several seeds confirm the baseline.
 
-    One seed can choose a poor rate, and what is gained there a better one may give too.
+    One seed can choose a poor rate, and what is gained there a better one may give too. At the
+    baseline's own choice these are the methods that chose another.
     """
-    base = own[0].run.base
+    base, chosen = own[0].run.base, found[0]
+    shown = {standing.method for standing in found[1:] if standing.lr == chosen.lr}
     sections = []
     for lr, of_baseline in sorted(by_lr(own, base, BASELINE).items()):
-        if lr == chosen.lr or len(of_baseline) < 2:
-            continue
-        gap = paired_difference(of_baseline, chosen.results).mean
-        compared = ""
-        if math.isfinite(gap):  # else the chosen rate is not confirmed yet
-            direction = "lower" if gap < 0 else "higher"
-            compared = f", which ends {abs(gap):.4f} {direction} than at {chosen.lr:g}"
         rows = standings([r for r in own if r.run.lr == lr], base, choosing=choosing)
+        compared = ""
+        if lr == chosen.lr:
+            rows = [standing for standing in rows if standing.method not in shown]
+            which = "for methods that chose another rate"
+        else:
+            which = "which was not chosen"
+            gap = paired_difference(of_baseline, chosen.results).mean
+            if math.isfinite(gap):  # else the chosen rate is not confirmed yet
+                direction = "lower" if gap < 0 else "higher"
+                compared = f", which ends {abs(gap):.4f} {direction} than at {chosen.lr:g}"
+        if len(of_baseline) < 2 or len(rows) < 2:
+            continue
+        notes = "".join(f"\n\n* {note}" for note in _seeds_note(rows))
         sections.append(
-            f"### {base} at {lr:g}, which was not chosen\n\nOn the seeds that confirm. Differences "
-            f"are to the baseline at this learning rate{compared}.\n\n{_table_by_difference(rows)}"
+            f"### {base} at {lr:g}, {which}\n\nOn the seeds that confirm. Differences are to the "
+            f"baseline at this learning rate{compared}.\n\n{_table_by_difference(rows)}{notes}"
         )
     return sections
 
