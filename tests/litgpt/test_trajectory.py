@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.func import functional_call
 
 from lightning_ema_nesterov.litgpt import TextBytes
 from lightning_ema_nesterov.optimizers.lr_schedule import WarmupStableDecay
+from lightning_ema_nesterov.optimizers.roles import ROLES
 from lightning_ema_nesterov.rules import ema
 from lightning_ema_nesterov.rules.ema import DIRECTION_KEY
 from tests.core import reference
@@ -143,6 +145,27 @@ def test_zero_step_size_matches_the_base_optimizer_bitwise(run: Run) -> None:
     run(out_dir="treated", optimizer=with_lookahead(warmup=2))
     assert equal(weights(plain.parent / "zero/final"), weights(plain / "final"))
     assert not equal(weights(plain.parent / "treated/final"), weights(plain / "final"))
+
+
+def test_roles_with_a_step_size_of_zero_do_not_look_ahead(run: Run) -> None:
+    """All of them are the base optimizer, some of them are neither that nor the default."""
+    sizes: dict[str, dict[str, float]] = {
+        "all": {},
+        "same": {"other": 0.5},  # the default
+        "part": {"embedding": 0.0, "head": 0.0},
+        "zero": dict.fromkeys(ROLES, 0.0),
+    }
+    finals = {"plain": weights(run(out_dir="plain") / "final")}
+    for name, of_role in sizes.items():
+        warns = pytest.warns(UserWarning, match="never looks ahead")
+        with warns if name == "zero" else nullcontext():
+            optimizer = with_lookahead(warmup=2, lookahead_step_size_by_role=of_role)
+            finals[name] = weights(run(out_dir=name, optimizer=optimizer) / "final")
+    assert equal(finals["zero"], finals["plain"])
+    # The parts are groups of their own, and Fabric sums the norm of gradients in their order.
+    assert relative_error(finals["same"], finals["all"]) < 1e-5
+    for other in ("plain", "all"):
+        assert relative_error(finals["part"], finals[other]) > 1e-3
 
 
 @pytest.mark.slow
