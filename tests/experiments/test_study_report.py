@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ema_nesterov.experiments.event_files import Point
 from lightning_ema_nesterov.experiments.study import report
 from lightning_ema_nesterov.experiments.study.compare import run_study
 from lightning_ema_nesterov.experiments.study.figures import Style, draw_curves, styles_of
@@ -234,6 +235,40 @@ def test_of_a_grid_the_lowest_is_the_one_with_its_memory() -> None:
     results = [result(m, 0.1, 0, [loss], state_bytes=2048) for m, loss in losses.items()]
     points = memory_points({"sgd": standings(results, "sgd")})
     assert [p.method for p in points] == ["ema[beta=0.5]", "none"]
+
+
+def test_memory_is_compared_where_all_have_the_same_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of two base optimizers; an average is another reading of a run, and keeps no more."""
+    kept = [result("none", 0.1, seed, [2.0], state_bytes=2048) for seed in (0, 1)]
+    kept += [replace(one, run=replace(one.run, base="adam")) for one in kept]
+    ema = result("ema", 0.1, 0, [2.0], state_bytes=4096, at_average={1.0: [Point(10, 0.0, 1.5)]})
+    rows = []
+    for results in (kept, [*kept, ema, replace(ema, run=replace(ema.run, seed=1))], [*kept, ema]):
+        monkeypatch.setattr(report, "read_events", lambda folder, found=results: found)
+        text = write_report(tmp_path).with_suffix(".md").read_text()
+        rows.append(re.findall(r"^\| (\S+) \|", text.partition("## Optimizer memory")[2], re.M))
+    both = ["base", "**adam**", "sgd"]
+    assert rows == [both, [*both, "sgd"], []]
+
+
+def test_picture_has_the_lower_of_the_averages_of_a_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    shares = {0.5: [Point(10, 0.0, 1.0)], 1.0: [Point(10, 0.0, 2.0)]}
+    results = [result("none", 0.1, 0, [3.0]), result("ema", 0.1, 0, [2.5], at_average=shares)]
+
+    def record(path: Path, found: list[Standing], styles: dict[str, Style], *, title: str) -> None:
+        drawn.extend(standing.method for standing in found)
+        draw_curves(path, found, styles, title=title)
+
+    monkeypatch.setattr(report, "read_events", lambda folder: results)
+    monkeypatch.setattr(report, "draw_curves", record)
+    text = write_report(tmp_path).with_suffix(".md").read_text()
+    assert drawn == ["none", "ema", "ema @ 0.5"]
+    assert "| ema @ 1 |" in text
 
 
 def test_a_method_with_fewer_seeds_is_compared_on_those() -> None:
