@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,7 +19,7 @@ from lightning_ema_nesterov.experiments.study.results import (
     read_lines,
     with_averages,
 )
-from lightning_ema_nesterov.experiments.study.rounds import by_lr, confirming_runs, judged
+from lightning_ema_nesterov.experiments.study.rounds import by_lr, judged
 from lightning_ema_nesterov.experiments.study.spec import ClassSpec
 from lightning_ema_nesterov.experiments.study.tables import (
     Interval,
@@ -28,12 +27,10 @@ from lightning_ema_nesterov.experiments.study.tables import (
     paired_difference,
     standings,
 )
+from tests.experiments.shipped import MORE_SEEDS, as_text, losses_of_the_choosing_seed, text_of
 from tests.experiments.toys import ROOT, STUDIES
 
 RESULTS = sorted(path.parent for path in (STUDIES / "results").glob("*/runs.jsonl"))
-
-_MORE_SEEDS = {"joint": [5, 6, 7, 8]}
-"""Seeds that a folder has beside those of its YAML, for what these left in doubt."""
 
 PAGES = [
     STUDIES / "README.md",
@@ -95,7 +92,7 @@ def test_reports_of_the_studies_are_those_of_their_lines(folder: Path) -> None:
     confirming = kept["confirming_seeds"]
     choosing = [r for r in lines if r.run.seed not in confirming]
     assert {result.run for result in choosing} <= set(study.runs())
-    grown = [*study.confirming_seeds, *_MORE_SEEDS.get(folder.name, [])]
+    grown = [*study.confirming_seeds, *MORE_SEEDS.get(folder.name, [])]
     assert kept == {**written, "confirming_seeds": grown}
     results = judged(lines, confirming)
     text = (folder / "report/report.md").read_text()
@@ -151,7 +148,7 @@ def test_results_in_the_readme_are_those_of_the_lines() -> None:
                 f"{64 * study.data.init_args['batch_size']:,} | {study.num_steps:,}",
                 f"{min(none.results)} to {max(none.results)}",
                 *(f"{mean(x.finals):.4f} ± {stdev(x.finals):.4f}" for x in (none, ema)),
-                _as_text(gap),
+                as_text(gap),
             ]
             expected.append(f"| {' | '.join(cells)} |")
     rows = re.findall(r"^\| (?:AdamW|Muon|SOAP) \|.*$", readme, re.MULTILINE)
@@ -180,23 +177,8 @@ def test_figures_in_the_text_are_those_of_a_table(page: Path) -> None:
         assert num_named > 0.8 * num_intervals
 
 
-def _losses_of_the_choosing_seed(name: str) -> dict[tuple[float, float], float]:
-    """Final losses of AdamW at each learning rate and step size."""
-    study = load_study(STUDIES / f"{name}.yaml")
-    return {
-        (run.lr, study.methods[run.method].lookahead_step_size): result.final
-        for result in read_lines(STUDIES / f"results/{name}/runs.jsonl")
-        for run in [result.run]
-        if run.base == "adamw" and run.seed in study.seeds
-    }
-
-
-def _text(name: str) -> str:
-    return re.sub(r"\s+", " ", (ROOT / name).read_text())
-
-
 def test_what_a_step_size_is_worth_is_read_off_the_curve_of_the_baseline() -> None:
-    text, losses = _text("docs/gain.md"), _losses_of_the_choosing_seed("joint_noisy")
+    text, losses = text_of("docs/gain.md"), losses_of_the_choosing_seed("joint_noisy")
     step_sizes, low, next_lr = (0.15, 0.3, 0.5, 0.7), 0.001, 0.0014
     slope = losses[low, 0.0] - losses[next_lr, 0.0]
     shares = [(losses[low, 0.0] - losses[low, b]) / slope for b in step_sizes]
@@ -208,13 +190,13 @@ def test_what_a_step_size_is_worth_is_read_off_the_curve_of_the_baseline() -> No
 
 
 def test_what_twice_the_best_rate_costs_is_the_same_on_each_page() -> None:
-    losses = _losses_of_the_choosing_seed("joint_noisy")
+    losses = losses_of_the_choosing_seed("joint_noisy")
     assert min((loss, lr) for (lr, b), loss in losses.items() if b == 0.0)[1] == 0.002
     short, long = (_baseline_of_adamw(name, (0.004, 0.002)) for name in ("late", "longer"))
     assert min(short.low, -long.low, long.high) > 0  # level in the longer runs
-    assert f"on nine seeds (`late`) by {short.mean:.3f}" in _text("docs/gain.md")
+    assert f"on nine seeds (`late`) by {short.mean:.3f}" in text_of("docs/gain.md")
     for name in ("README.md", "docs/results.md", "recipes/studies/README.md"):
-        assert f"rate ends {short.mean:.3f} higher" in _text(name), name
+        assert f"rate ends {short.mean:.3f} higher" in text_of(name), name
 
 
 def _baseline_of_adamw(name: str, lrs: tuple[float, float]) -> Interval:
@@ -243,14 +225,14 @@ def test_how_often_muon_is_behind_with_small_batches_is_said() -> None:
     assert all(gap.low < 0 < gap.high for gap in gaps.values())
     behind = [name for name, gap in gaps.items() if gap.mean > 0]
     assert (len(behind), len(gaps)) == (6, 8)
-    assert "ended higher in six of eight studies and lower in two" in _text("docs/tuning.md")
+    assert "ended higher in six of eight studies and lower in two" in text_of("docs/tuning.md")
     behind_at = {"scope": ("all", 0.01), "noisy": ("ema_nesterov", 0.02)}
     for name, (method, lr) in behind_at.items():
         lines = read_lines(STUDIES / f"results/{name}/runs.jsonl")
         rows = {m: by_lr(lines, "muon", m)[lr] for m in ("none", method)}
         assert paired_difference(rows[method], rows["none"]).low > 0
     places = " and ".join(f"at {lr} in `{name}`" for name, (_, lr) in behind_at.items())
-    assert f"behind beyond noise twice: {places}." in _text("docs/tuning.md")
+    assert f"behind beyond noise twice: {places}." in text_of("docs/tuning.md")
 
 
 def test_only_a_start_at_once_is_behind_the_default_beyond_noise() -> None:
@@ -265,178 +247,12 @@ def test_only_a_start_at_once_is_behind_the_default_beyond_noise() -> None:
         if rest == 0.15:
             assert paired_difference(late.results, at_once.results).high < 0
     for name in ("docs/results.md", "docs/tuning.md", "recipes/studies/README.md"):
-        assert "10 % lies between, within noise" in _text(name), name
-
-
-def test_tables_of_the_joint_study_have_each_cell_that_was_trained() -> None:
-    chose = load_study(STUDIES / "joint.yaml").seeds
-    lines = with_averages(read_lines(STUDIES / "results/joint/runs.jsonl"))
-    confirming = [r for r in lines if r.run.seed not in chose]
-    table = re.compile(r"^\| (\w+) at (\S+) \|(.*)\|$", re.MULTILINE)
-    text = (STUDIES / "README.md").read_text().split("\n## joint\n")[1].split("\n## ")[0]
-    tables = text.split("The same runs at the average")
-    step_sizes = ("-0.3", "0", "0.15", "0.3", "0.5", "0.7")
-    for part, share in zip(tables, ("", " @ 1"), strict=True):
-        rows = table.findall(part)
-        assert len(rows) == 7
-        for base, lr, cells in rows:
-            for step_size, cell in zip(step_sizes, cells.split("|"), strict=True):
-                method = f"ema[lookahead_step_size={step_size}]{share}"
-                alone, ahead = (
-                    by_lr(confirming, base.lower(), one).get(float(lr), {})
-                    for one in ("none", method)
-                )
-                gap = paired_difference(ahead, alone)
-                expected = _as_text(gap) if math.isfinite(gap.low) else ""
-                assert cell.strip() == ("0" if method.endswith("=0]") else expected)
-
-
-def test_that_one_seed_chose_a_poor_rate_is_said() -> None:
-    losses = _losses_of_the_choosing_seed("joint")
-    poor, better = 0.002, 0.008
-    assert min((loss, lr) for (lr, b), loss in losses.items() if b == 0.0)[1] == poor
-    by = losses[better, 0.0] - losses[poor, 0.0]
-    rows = {lr: _confirmed_of_the_joint_study("adamw", lr, "none") for lr in (poor, better)}
-    lost = paired_difference(rows[poor], rows[better])
-    assert lost.low > 0
-    said = f"ends {by:.3f} lower at 0.002 than at 0.008"
-    assert f"{said} on AdamW; four other seeds end {lost.mean:.3f} higher" in _text("docs/gain.md")
-    section = _joint_section()
-    assert "On seed 0 AdamW " + said + f", on seeds 1 to 4 {lost.mean:.3f} higher" in section
-    ahead = _confirmed_of_the_joint_study("adamw", poor, "ema[lookahead_step_size=0.5]")
-    assert 2.5 < -lost.mean / paired_difference(ahead, rows[poor]).mean < 3.5
-    assert "raising the rate gives three times as much" in _text("docs/tuning.md")
-    assert f"a rate that ends {lost.mean:.3f} higher on four others" in _text("docs/tuning.md")
-
-
-def test_that_scale_gains_at_two_rates_is_said() -> None:
-    low, twice = (_confirmed_of_the_joint_study("scale", lr, "none") for lr in (0.002, 0.004))
-    gap = paired_difference(twice, low)
-    assert gap.low < 0 < gap.high
-    section = _joint_section()
-    assert f"0.004 alone ends {-gap.mean:.3f} lower than 0.002, within noise, on eight" in section
-    for lr, alone in ((0.002, low), (0.004, twice)):
-        ahead = _confirmed_of_the_joint_study("scale", lr, "ema[lookahead_step_size=0.3]")
-        difference = paired_difference(ahead, alone)
-        assert difference.high < 0
-        _assert_each_page_says(difference)
-
-
-def test_that_soap_gains_little_at_a_rate_that_is_level_is_said() -> None:
-    chosen, other = (_confirmed_of_the_joint_study("soap", lr, "none") for lr in (0.016, 0.004))
-    results = read_lines(STUDIES / "results/joint/runs.jsonl")
-    on_seed_0 = [by_lr(results, "soap", "none")[lr][0].final for lr in (0.016, 0.004)]
-    gap = paired_difference(other, chosen)
-    assert gap.low < 0 < gap.high
-    said = f"There 0.004 ends {on_seed_0[1] - on_seed_0[0]:.3f} higher, on seeds 1 to 4"
-    assert f"{said} {-gap.mean:.3f} lower, within noise" in _joint_section()
-    ahead = _confirmed_of_the_joint_study("soap", 0.004, "ema[lookahead_step_size=0.5]")
-    gain = paired_difference(ahead, other)
-    assert gain.high < 0
-    _assert_each_page_says(gain)
-
-
-def test_what_the_average_gives_alone_is_said() -> None:
-    section = _joint_section()
-    for base, lr, step_size, said in (
-        ("adamw", 0.008, 0.5, "lookahead itself adds {:.4f} there, within noise"),
-        ("soap", 0.016, 0.7, "lookahead itself adds {:.4f}, within noise"),
-        ("scale", 0.002, 0.3, "0.3 adds {:.4f} to that, within noise"),
-    ):
-        ahead, alone = (f"ema[lookahead_step_size={b}] @ 1" for b in (step_size, 0))
-        gaps = _gaps_of_the_joint_study(base, lr, ahead, alone)
-        rows = [_confirmed_of_the_joint_study(base, lr, method) for method in (ahead, alone)]
-        found = paired_difference(*rows)
-        assert found.low < 0 < found.high
-        assert said.format(mean(gaps)) in section
-
-
-def test_what_is_finished_of_the_joint_study_is_said() -> None:
-    study = load_study(STUDIES / "joint.yaml")
-    results = read_lines(STUDIES / "results/joint/runs.jsonl")
-    section = _joint_section()
-    finished, confirming = {r.run for r in results}, confirming_runs(study, results)
-    assert finished >= {*study.runs(), *confirming}
-    more = [run for run in finished if run.seed not in (*study.seeds, *study.confirming_seeds)]
-    other = len(finished) - len(study.runs()) - len(confirming) - len(more)
-    assert f"all {len(study.runs())} runs of seed 0 and the {len(confirming)} that" in section
-    assert f"There are {other} more of seeds 1 to 4 and {len(more)} of seeds 5 to 8" in section
-    for base, lr, step_size in (("muon", 0.02, 0.5), ("scale", 0.002, 0.7), ("scale", 0.004, 0.5)):
-        gaps = _gaps_of_the_joint_study(base, lr, f"ema[lookahead_step_size={step_size}]", "none")
-        halves = [_in_words(mean(half)) for half in (gaps[:4], gaps[4:])]
-        assert f"first four seeds had {step_size} at {halves[0]} and the next four, " in section
-        assert f"which were added for that, at {halves[1]}" in section
-
-
-_CELLS = {"adamw": (0.008, 0.5), "muon": (0.02, 0.5), "soap": (0.016, 0.3), "scale": (0.002, 0.7)}
-"""Learning rate and step size of the cell that has a longer memory too."""
-
-
-def test_what_a_longer_memory_gives_in_the_joint_study_is_said() -> None:
-    section, gaps = _joint_section(), {}
-    for base, (lr, step_size) in _CELLS.items():
-        longer, shorter, alone = (
-            _confirmed_of_the_joint_study(base, lr, method)
-            for method in (f"longer_{base}", f"ema[lookahead_step_size={step_size}]", "none")
-        )
-        found = paired_difference(longer, alone)
-        assert _as_text(found) in section.split("A longer memory")[1]
-        against = paired_difference(longer, shorter)
-        assert against.low < 0 < against.high
-        gaps[base] = against.mean
-    assert gaps["adamw"] < gaps["muon"] < gaps["scale"]
-    said = f"the first three end {gaps['adamw']:.3f} to {gaps['scale']:.3f} lower"
-    assert f"{said}, and SOAP {-gaps['soap']:.3f} higher, all within noise" in section
-    own = _gaps_of_the_joint_study("soap", 0.016, "longer_soap", "none")
-    first, second = (_in_words(mean(half)) for half in (own[:4], own[4:]))
-    assert f"first four seeds had it at {first} and the next four, " in section
-    assert f"which were added for that, at {second}" in section
-
-
-def test_that_a_step_size_below_0_ends_higher_is_said() -> None:
-    found = []
-    for base, (lr, _) in _CELLS.items():
-        backward, alone = (
-            _confirmed_of_the_joint_study(base, lr, method)
-            for method in ("ema[lookahead_step_size=-0.3]", "none")
-        )
-        found.append(paired_difference(backward, alone))
-    assert all(one.low < 0 < one.mean for one in found)
-    means = [one.mean for one in found]
-    assert f"by {min(means):.4f} to {max(means):.4f}, within noise" in _joint_section()
-
-
-def _assert_each_page_says(found: Interval) -> None:
-    for name in ("docs/gain.md", "docs/tuning.md", "recipes/studies/README.md"):
-        assert _as_text(found) in _text(name), name
-
-
-def _as_text(found: Interval) -> str:
-    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
-
-
-def _joint_section() -> str:
-    return _text("recipes/studies/README.md").split("## joint ")[1].split("## ")[0]
-
-
-def _confirmed_of_the_joint_study(base: str, lr: float, method: str) -> dict[int, Result]:
-    chose = load_study(STUDIES / "joint.yaml").seeds
-    lines = with_averages(read_lines(STUDIES / "results/joint/runs.jsonl"))
-    return by_lr([r for r in lines if r.run.seed not in chose], base, method)[lr]
-
-
-def _gaps_of_the_joint_study(base: str, lr: float, method: str, other: str) -> list[float]:
-    found, others = (_confirmed_of_the_joint_study(base, lr, m) for m in (method, other))
-    return [found[seed].final - others[seed].final for seed in sorted(found.keys() & others.keys())]
-
-
-def _in_words(gap: float) -> str:
-    return f"{abs(gap):.3f} {'below' if gap < 0 else 'above'} the baseline"
+        assert "10 % lies between, within noise" in text_of(name), name
 
 
 def test_losses_on_the_page_about_memory_are_those_of_a_table() -> None:
     table = (STUDIES / "results/lean/report/report.md").read_text()
-    text = _text("docs/memory.md")
+    text = text_of("docs/memory.md")
     losses = re.findall(r"\d\.\d{4} ± \d\.\d{4}", text)
     intervals = re.findall(r"[+-]\d\.\d{4} \[[^\]]+\]", text)
     assert len(losses) >= 9
