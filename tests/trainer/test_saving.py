@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, model_checkpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -171,3 +175,42 @@ def test_signal_handler_that_saves_in_the_middle_of_a_step_saves_the_iterate(
     assert torch.equal(first, recorder.params[3][0])  # stepped before the signal
     torch.testing.assert_close(second, recorder.params[2][1])  # still to be stepped: x, not y
     assert relative_error([recorder.params[3][1]], [recorder.params[2][1]]) > 1e-3
+
+
+class WritesFolders(SingleDeviceStrategy):
+    """As FSDP2 saves: two files and then the table of contents, in a folder that may be there."""
+
+    _save_distributed_checkpoint = True
+    fails_at_step = -1
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        folder, step = Path(filepath), checkpoint["global_step"]
+        folder.mkdir(exist_ok=True)
+        for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
+            if step == self.fails_at_step and name == "__1_0.distcp":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            (folder / name).write_text(str(step))
+
+
+def test_a_folder_is_replaced_when_the_next_one_is_complete(tmp_path: Path) -> None:
+    """A failure in between leaves the former one, and files of others stay."""
+    path, seen = tmp_path / "last.ckpt", []
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            fails = trainer.global_step == 2
+            with pytest.raises(OSError, match="No space left") if fails else nullcontext():
+                trainer.save_checkpoint(path)
+            if trainer.global_step == 1:
+                (path / "notes.txt").write_text("mine")
+            seen.append([file.read_text() for file in sorted(path.iterdir())])
+
+    strategy = WritesFolders("cpu")
+    strategy.fails_at_step = 2
+    trainer = make_trainer([ema_nesterov(), Saves()], max_steps=4, strategy=strategy)
+    trainer.fit(Toy(sgd), loader(4))
+    assert seen == [[*step * 3, "mine"] for step in "1134"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+    assert "save_checkpoint" not in vars(strategy)
