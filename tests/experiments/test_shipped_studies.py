@@ -235,6 +235,31 @@ def test_how_often_muon_is_behind_with_small_batches_is_said() -> None:
     assert f"behind beyond noise twice: {places}." in text_of("docs/tuning.md")
 
 
+def test_what_rules_that_choose_the_step_size_did_is_said() -> None:
+    lines = read_lines(STUDIES / "results/self_chosen_noisy/runs.jsonl")
+    before = {
+        (r.run.base, r.run.lr, r.run.seed, r.step_size): r.final
+        for r in read_lines(STUDIES / "results/joint_noisy/runs.jsonl")
+    }
+    again = [
+        r.final == before[r.run.base, r.run.lr, r.run.seed, r.step_size]
+        for r in lines
+        if r.run.method == "fixed"
+    ]
+    assert len(again) == 3 * (5 + 6)
+    assert all(again)
+    adamw = {s.method: s.difference.mean for s in standings(judged(lines, range(3, 9)), "adamw")}
+    assert adamw["bounded"] / adamw["fixed"] == pytest.approx(0.5, abs=0.05)
+    assert 0.35 < max(r.step_size for r in lines if r.run.method == "bounded") < 0.36
+    for rule in ("steadiness", "alignment"):
+        assert {r.step_size for r in lines if r.run.method == rule} == {0.7}
+    muon = by_lr([r for r in lines if r.run.seed > 0], "muon", "none")
+    poor = paired_difference(muon[0.014], muon[0.007]).mean
+    assert f"0.014 for the baseline, which ends {poor:.3f} higher than 0.007" in text_of(
+        "recipes/studies/README.md"
+    )
+
+
 def test_only_a_start_at_once_is_behind_the_default_beyond_noise() -> None:
     lines = read_lines(STUDIES / "results/phases/runs.jsonl")
     found = {s.method: s for s in standings(lines, "adamw")}
