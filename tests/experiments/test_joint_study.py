@@ -69,9 +69,9 @@ def test_that_adamw_is_level_at_two_rates_is_said() -> None:
         difference = paired_difference(ahead[lr], alone[lr])
         assert difference.mean < 0 < difference.high
         _assert_each_page_says(difference)
-    for step_size in (0.15, 0.3, 0.7):
-        rows = _confirmed("adamw", 0.008, f"ema[lookahead_step_size={step_size}]")
-        difference = paired_difference(rows, alone[0.008])
+    for lr, step_size in ((0.008, 0.15), (0.008, 0.3), (0.008, 0.7), (0.004, 0.3)):
+        rows = _confirmed("adamw", lr, f"ema[lookahead_step_size={step_size}]")
+        difference = paired_difference(rows, alone[lr])
         assert difference.mean < 0 < difference.high
 
 
