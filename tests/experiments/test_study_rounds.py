@@ -229,14 +229,18 @@ def test_another_rate_that_was_confirmed_is_reported(
         for seed, loss in enumerate(of_seeds)
     ]
     every.append(result("none", 0.4, 1, [1.0]))  # one seed has no interval
+    every += [result("none", 0.3, seed, [3.5]) for seed in (1, 2)]  # and no method
     text = report_of(every, tmp_path, monkeypatch, confirming_seeds=[1, 2])
-    chosen, left, other = text.split("### sgd at ")
+    chosen, left, other, alone = text.split("### sgd at ")
     assert "| none | 0.1 (smallest) | 3.1000 ± 0.1414 |" in chosen
     assert "| ema | 0.1 (smallest) | 2.5500 ± 0.0707 | -0.5500 [-1.1853, +0.0853] |" in chosen
+    assert "| late | 0.2 (largest) | 2.3000 ± 0.1414 | -0.8000 [-0.8000, -0.8000] |" in chosen
     assert other.startswith("0.2, which was not chosen")
     assert "which ends 0.9000 lower than at 0.1." in other
     assert "| ema | 0.2 (largest) | 2.2000 ± 0.1414 | +0.0000 [-1.2706, +1.2706] |" in other
-    assert "| late | 0.2 (largest) | 2.3000 ± 0.1414 | -0.8000 [-0.8000, -0.8000] |" in chosen
     assert left.startswith("0.1, for methods that chose another rate")
     assert "| late | 0.1 (smallest) | 3.1500 ± 0.3536 | +0.0500 [-1.8559, +1.9559] |" in left
     assert "| ema |" not in left
+    assert alone.startswith("0.3, which was not chosen")
+    assert "which ends 0.4000 higher than at 0.1." in alone
+    assert alone.count("\n| ") == 3  # the head, the line below it and the baseline

@@ -207,19 +207,19 @@ def _rate_by_rate(
     shown = {standing.method for standing in found[1:] if standing.lr == chosen.lr}
     sections = []
     for lr, of_baseline in sorted(by_lr(own, base, BASELINE).items()):
-        rows = standings([r for r in own if r.run.lr == lr], base, choosing=choosing)
-        compared = ""
-        if lr == chosen.lr:
-            rows = [standing for standing in rows if standing.method not in shown]
-            which = "for methods that chose another rate"
-        else:
-            which = "which was not chosen"
-            gap = paired_difference(of_baseline, chosen.results).mean
-            if math.isfinite(gap):  # else the chosen rate is not confirmed yet
-                direction = "lower" if gap < 0 else "higher"
-                compared = f", which ends {abs(gap):.4f} {direction} than at {chosen.lr:g}"
-        if len(of_baseline) < 2 or len(rows) < 2:
+        if len(of_baseline) < 2:
             continue
+        rows = standings([r for r in own if r.run.lr == lr], base, choosing=choosing)
+        which, compared = "which was not chosen", ""
+        gap = paired_difference(of_baseline, chosen.results).mean
+        if lr == chosen.lr:
+            which = "for methods that chose another rate"
+            rows = [standing for standing in rows if standing.method not in shown]
+            if len(rows) == 1:
+                continue
+        elif math.isfinite(gap):  # else the chosen rate is not confirmed yet
+            direction = "lower" if gap < 0 else "higher"
+            compared = f", which ends {abs(gap):.4f} {direction} than at {chosen.lr:g}"
         notes = "".join(f"\n\n* {note}" for note in _seeds_note(rows))
         sections.append(
             f"### {base} at {lr:g}, {which}\n\nOn the seeds that confirm. Differences are to the "
