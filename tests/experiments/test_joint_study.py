@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cache
 from statistics import mean
 
 from lightning_ema_nesterov.experiments.study.load import load_study
@@ -15,9 +16,6 @@ from tests.experiments.toys import STUDIES
 
 
 def test_tables_have_each_cell_that_was_trained() -> None:
-    chose = load_study(STUDIES / "joint.yaml").seeds
-    lines = with_averages(read_lines(STUDIES / "results/joint/runs.jsonl"))
-    confirming = [r for r in lines if r.run.seed not in chose]
     table = re.compile(r"^\| (\w+) at (\S+) \|(.*)\|$", re.MULTILINE)
     text = (STUDIES / "README.md").read_text().split("\n## joint\n")[1].split("\n## ")[0]
     tables = text.split("The same runs at the average")
@@ -27,9 +25,9 @@ def test_tables_have_each_cell_that_was_trained() -> None:
         assert len(rows) == 8
         for base, lr, cells in rows:
             for step_size, cell in zip(step_sizes, cells.split("|"), strict=True):
-                method = f"ema[lookahead_step_size={step_size}]{share}"
+                method = _ahead(step_size) + share
                 alone, ahead = (
-                    by_lr(confirming, base.lower(), one).get(float(lr), {})
+                    by_lr(_confirming_lines(), base.lower(), one).get(float(lr), {})
                     for one in ("none", method)
                 )
                 gap = paired_difference(ahead, alone)
@@ -42,8 +40,7 @@ def test_that_one_seed_chose_a_poor_rate_is_said() -> None:
     poor, better = 0.002, 0.008
     assert min((loss, lr) for (lr, b), loss in losses.items() if b == 0.0)[1] == poor
     by = losses[better, 0.0] - losses[poor, 0.0]
-    rows = {lr: _confirmed("adamw", lr, "none") for lr in (poor, better)}
-    lost = paired_difference(rows[poor], rows[better])
+    lost = paired_difference(*(_confirmed("adamw", lr, "none") for lr in (poor, better)))
     assert lost.low > 0
     said = f"ends {by:.3f} lower at 0.002 than at 0.008"
     assert f"{said} on AdamW; four other seeds end {lost.mean:.3f} higher" in text_of(
@@ -51,39 +48,30 @@ def test_that_one_seed_chose_a_poor_rate_is_said() -> None:
     )
     section = _section()
     assert "On seed 0 AdamW " + said + f", on seeds 1 to 4 {lost.mean:.3f} higher" in section
-    ahead = _confirmed("adamw", poor, "ema[lookahead_step_size=0.5]")
-    assert 2.5 < -lost.mean / paired_difference(ahead, rows[poor]).mean < 3.5
+    assert 2.5 < -lost.mean / _difference("adamw", poor, _ahead(0.5)).mean < 3.5
     assert "raising the rate gives three times as much" in text_of("docs/tuning.md")
     assert f"a rate that ends {lost.mean:.3f} higher on four others" in text_of("docs/tuning.md")
 
 
 def test_that_adamw_is_level_at_two_rates_is_said() -> None:
-    alone, ahead = (
-        {lr: _confirmed("adamw", lr, method) for lr in (0.004, 0.008)}
-        for method in ("none", "ema[lookahead_step_size=0.5]")
-    )
-    gap = paired_difference(alone[0.004], alone[0.008])
+    gap = paired_difference(*(_confirmed("adamw", lr, "none") for lr in (0.004, 0.008)))
     assert gap.low < 0 < gap.high
     assert f"0.004 alone ends {gap.mean:.3f} higher than 0.008, within noise" in _section()
-    for lr in (0.004, 0.008):
-        difference = paired_difference(ahead[lr], alone[lr])
-        assert difference.mean < 0 < difference.high
-        _assert_each_page_says(difference)
-    for lr, step_size in ((0.008, 0.15), (0.008, 0.3), (0.008, 0.7), (0.004, 0.3)):
-        rows = _confirmed("adamw", lr, f"ema[lookahead_step_size={step_size}]")
-        difference = paired_difference(rows, alone[lr])
-        assert difference.mean < 0 < difference.high
+    for lr, step_sizes in ((0.004, (0.3, 0.5)), (0.008, (0.15, 0.3, 0.5, 0.7))):
+        for step_size in step_sizes:
+            difference = _difference("adamw", lr, _ahead(step_size))
+            assert difference.mean < 0 < difference.high
+            if step_size == 0.5:
+                _assert_each_page_says(difference)
 
 
 def test_that_scale_gains_at_two_rates_is_said() -> None:
-    low, twice = (_confirmed("scale", lr, "none") for lr in (0.002, 0.004))
-    gap = paired_difference(twice, low)
+    gap = paired_difference(*(_confirmed("scale", lr, "none") for lr in (0.004, 0.002)))
     assert gap.low < 0 < gap.high
     section = _section()
     assert f"0.004 alone ends {-gap.mean:.3f} lower than 0.002, within noise, on eight" in section
-    for lr, alone in ((0.002, low), (0.004, twice)):
-        ahead = _confirmed("scale", lr, "ema[lookahead_step_size=0.3]")
-        difference = paired_difference(ahead, alone)
+    for lr in (0.002, 0.004):
+        difference = _difference("scale", lr, _ahead(0.3))
         assert difference.high < 0
         _assert_each_page_says(difference)
 
@@ -99,10 +87,7 @@ def test_what_soap_gains_at_each_rate_is_said() -> None:
     said += f" {-gap.mean:.3f} lower, within noise, and 0.008 ends {-middle.mean:.3f} above 0.004"
     assert said in _section()
     gains = {
-        (lr, step_size): paired_difference(
-            _confirmed("soap", lr, f"ema[lookahead_step_size={step_size}]"),
-            alone[lr],
-        )
+        (lr, step_size): _difference("soap", lr, _ahead(step_size))
         for lr in (0.004, 0.016)
         for step_size in (0.15, 0.3, 0.5, 0.7)
     }
@@ -120,12 +105,9 @@ def test_what_the_average_gives_alone_is_said() -> None:
         ("soap", 0.016, 0.7, "lookahead itself adds {:.4f}, within noise"),
         ("scale", 0.002, 0.3, "0.3 adds {:.4f} to that, within noise"),
     ):
-        ahead, alone = (f"ema[lookahead_step_size={b}] @ 1" for b in (step_size, 0))
-        gaps = _gaps(base, lr, ahead, alone)
-        rows = [_confirmed(base, lr, method) for method in (ahead, alone)]
-        found = paired_difference(*rows)
+        found = _difference(base, lr, *(f"{_ahead(b)} @ 1" for b in (step_size, 0)))
         assert found.low < 0 < found.high
-        assert said.format(mean(gaps)) in section
+        assert said.format(found.mean) in section
 
 
 def test_what_is_finished_is_said() -> None:
@@ -141,7 +123,6 @@ def test_what_is_finished_is_said() -> None:
 
 
 def test_what_four_more_seeds_found_is_said() -> None:
-    named = {"AdamW": "adamw", "Muon": "muon", "SOAP": "soap", "SCALE": "scale"}
     lines = read_lines(STUDIES / "results/joint/runs.jsonl")
     expected = {
         (r.run.base, r.run.lr, r.run.method)
@@ -152,10 +133,11 @@ def test_what_four_more_seeds_found_is_said() -> None:
         r"\| (\w+) at (\S+), (\S+)( with \S+ = 0.995\S)? \| (\S+) \| (\S+) \|", _section()
     )
     for name, lr, step_size, is_longer, *halves in rows:
-        base = named[name]
-        method = f"longer_{base}" if is_longer else f"ema[lookahead_step_size={step_size}]"
+        base = name.lower()
+        method = f"longer_{base}" if is_longer else _ahead(step_size)
         expected.remove((base, float(lr), method))
-        gaps = _gaps(base, float(lr), method, "none")
+        ahead, alone = (_confirmed(base, float(lr), one) for one in (method, "none"))
+        gaps = [ahead[seed].final - alone[seed].final for seed in sorted(ahead)]
         assert halves == [f"{mean(half):+.3f}" for half in (gaps[:4], gaps[4:])]
     assert not expected
 
@@ -167,13 +149,10 @@ _CELLS = {"adamw": (0.008, 0.5), "muon": (0.02, 0.5), "soap": (0.016, 0.3), "sca
 def test_what_a_longer_memory_gives_is_said() -> None:
     section, gaps = _section(), {}
     for base, (lr, step_size) in _CELLS.items():
-        longer, shorter, alone = (
-            _confirmed(base, lr, method)
-            for method in (f"longer_{base}", f"ema[lookahead_step_size={step_size}]", "none")
-        )
-        found = paired_difference(longer, alone)
+        longer = f"longer_{base}"
+        found = _difference(base, lr, longer)
         assert as_text(found) in section.split("A longer memory")[1]
-        against = paired_difference(longer, shorter)
+        against = _difference(base, lr, longer, _ahead(step_size))
         assert against.low < 0 < against.high
         gaps[base] = against.mean
     assert gaps["adamw"] < gaps["muon"] < gaps["scale"]
@@ -182,19 +161,11 @@ def test_what_a_longer_memory_gives_is_said() -> None:
 
 
 def test_that_a_step_size_below_0_ends_higher_is_said() -> None:
-    found = []
-    for base, (lr, _) in _CELLS.items():
-        backward, alone = (
-            _confirmed(base, lr, method) for method in ("ema[lookahead_step_size=-0.3]", "none")
-        )
-        found.append(paired_difference(backward, alone))
+    found = [_difference(base, lr, _ahead(-0.3)) for base, (lr, _) in _CELLS.items()]
     assert all(one.low < 0 < one.mean for one in found)
     means = [one.mean for one in found]
     said = f"by {min(means):.4f} to {max(means):.4f}, within noise; on AdamW at 0.002 beyond noise"
-    backward, alone = (
-        _confirmed("adamw", 0.002, method) for method in ("ema[lookahead_step_size=-0.3]", "none")
-    )
-    lost = paired_difference(backward, alone)
+    lost = _difference("adamw", 0.002, _ahead(-0.3))
     assert lost.low > 0
     assert f"{said}, {as_text(lost)}." in _section()
 
@@ -208,12 +179,20 @@ def _section() -> str:
     return text_of("recipes/studies/README.md").split("## joint ")[1].split("## ")[0]
 
 
-def _confirmed(base: str, lr: float, method: str) -> dict[int, Result]:
+def _ahead(step_size: float | str) -> str:
+    return f"ema[lookahead_step_size={step_size}]"
+
+
+@cache
+def _confirming_lines() -> list[Result]:
     chose = load_study(STUDIES / "joint.yaml").seeds
     lines = with_averages(read_lines(STUDIES / "results/joint/runs.jsonl"))
-    return by_lr([r for r in lines if r.run.seed not in chose], base, method)[lr]
+    return [r for r in lines if r.run.seed not in chose]
 
 
-def _gaps(base: str, lr: float, method: str, other: str) -> list[float]:
-    found, others = (_confirmed(base, lr, m) for m in (method, other))
-    return [found[seed].final - others[seed].final for seed in sorted(found.keys() & others.keys())]
+def _confirmed(base: str, lr: float, method: str) -> dict[int, Result]:
+    return by_lr(_confirming_lines(), base, method)[lr]
+
+
+def _difference(base: str, lr: float, method: str, other: str = "none") -> Interval:
+    return paired_difference(*(_confirmed(base, lr, one) for one in (method, other)))
